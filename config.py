@@ -95,7 +95,7 @@ class Config:
     slices: int = option(32, "axial slices taken from each volume", low=1, high=1024)
     axis: int = option(
         -1,
-        "axis of the slices for volumes of unknown orientation: 0, 1 or 2 [-1: from the header]",
+        "axis of the slices, 0 to 2, where the header does not tell [-1: as it says]",
         low=-1,
         high=2,
     )
@@ -205,8 +205,8 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-# Differences from the defaults above. `classic` is the recipe of the original project; the DCGAN's
-# own figures are widths 64 and 128, which need a GPU (about 4 GFLOP a map).
+# Differences from the defaults above. `classic` is the recipe of the original project; its
+# DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map).
 PRESETS = {
     "quick": {},
     "smoke": {
@@ -227,7 +227,7 @@ PRESETS = {
 
 
 def check_field(f, value):
-    """Raise ValueError that says field, value and allowed range, unless `value` fits field `f`."""
+    """Raise ValueError that says field, value and allowed range unless `value` fits `f`."""
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
     if f.name == "preset":
         choices = tuple(PRESETS)

@@ -1,50 +1,694 @@
-"""Everything a run needs of the machine: devices, memory, checkpoints, run folders, logs, signals.
+"""What a run needs of the machine: devices, memory, checkpoints, run folders, logs, signals.
 
-Nothing in here knows what an image is. Promises: a checkpoint on disk is whole or absent, a run
-folder has one writer, and a script ends with the exit code that its ending has in `config.Exit`.
+Nothing in here knows what an image is. Its promises: a checkpoint on disk is whole or absent, a
+run folder has one writer, and a script ends with the exit code that `config.Exit` names.
 """
 
 import contextlib
+import csv
+import ctypes
+import datetime
+import errno
+import functools
 import io
 import json
 import os
+import platform
+import shlex
+import signal
+import socket
 import sys
-import tempfile
-from collections.abc import Iterable, Iterator
+import time
+import traceback
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from config import Exit, UserError
+import torch
+
+from config import Config, Exit, UserError
+
+FORMAT = 1  # of checkpoints; raised when an older one could be misread
 
 # --- messages -----------------------------------------------------------------------------
 
+_open_logs: list[io.TextIOBase] = []
+
 
 def say(message: str, *, stream=None):
-    """Print one line, on any terminal: characters that it lacks are replaced, never an error."""
+    """One line to stdout and to run.log; characters that a terminal lacks become '?'."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "ascii"
-    print(str(message).encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-    for log in _LOGS:
-        log.write(str(message) + "\n")
-        log.flush()
+    with contextlib.suppress(BrokenPipeError, OSError):  # a closed terminal ends no training
+        print(
+            str(message).encode(encoding, "replace").decode(encoding), file=stream, flush=True
+        )
+    log(message)
+
+
+def log(message: str):
+    """One line to run.log alone. A full disk loses the line, not the run."""
+    for file in _open_logs:
+        with contextlib.suppress(OSError):
+            file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {message}\n")
+            file.flush()
 
 
 def warn(message: str):
-    """One line on stderr (and in run.log) about something odd that does not stop the run."""
+    """One line on stderr and in run.log about something odd that does not stop the run."""
     say(f"warning: {message}", stream=sys.stderr)
 
 
-_LOGS: list = []  # open run.log files
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Append every message to the file `path` (UTF-8) as well."""
+    with open(path, "a", encoding="utf-8") as file:
+        _open_logs.append(file)
+        try:
+            yield
+        except Exception:
+            log(traceback.format_exc())
+            raise
+        finally:
+            _open_logs.remove(file)
 
 
-def progress(items: Iterable, *, total: int, label: str, unit: str = "it", scale: int = 1):
-    """Iterate with a tqdm bar on a terminal, and with a plain line now and then elsewhere."""
-    raise NotImplementedError  # written below
+class Progress:
+    """A tqdm bar with ETA on a terminal; elsewhere a plain line every 30 seconds."""
+
+    def __init__(self, total: int, label: str, unit: str = "it", done: int = 0):
+        from tqdm import tqdm
+
+        self.total, self.label, self.unit, self.done = total, label, unit, done
+        self.start, self.at_start, self.spoken = time.monotonic(), done, time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total, initial=done, desc=label, unit=unit, unit_scale=True,
+                dynamic_ncols=True,
+            )  # fmt: skip
+
+    def add(self, n: int, note: str = ""):
+        self.done += n
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif time.monotonic() - self.spoken > 30:
+            self.spoken = time.monotonic()
+            rate = (self.done - self.at_start) / (self.spoken - self.start)
+            left = (self.total - self.done) / rate if rate else 0
+            print(
+                f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, "
+                f"{left / 60:.1f} min left {note}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress(items: Iterable, *, total: int, label: str, unit: str = "it") -> Iterator:
+    """Iterate over `items` and show how far it is."""
+    shown = Progress(total, label, unit)
+    try:
+        for item in items:
+            yield item
+            shown.add(1)
+    finally:
+        shown.close()
+
+
+# --- endings ------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """A signal asked for an end, and everything has been saved."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.code = Exit.TERMINATED if signum == signal.SIGTERM else Exit.INTERRUPTED
+
+
+class Signals:
+    """While entered, the first SIGTERM or Ctrl-C only raises a flag; the second Ctrl-C kills.
+
+    A training loop asks `check` after every step, when it is safe to save and leave.
+    """
+
+    def __enter__(self) -> "Signals":
+        self.received: int | None = None
+        self.previous = {
+            s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum, frame):
+        if self.received is not None and signum == signal.SIGINT:
+            os._exit(Exit.INTERRUPTED)  # the last checkpoint on disk is whole at any time
+        self.received = signum
+
+    def check(self, save: Callable[[], None]):
+        """If a signal came: save, then raise Interrupted."""
+        if self.received is not None:
+            save()
+            raise Interrupted(self.received)
+
+
+def run_script(main: Callable[[], None]):
+    """Call `main` and end the process with the exit code of its ending.
+
+    A mistake that the reader can mend is one line on stderr; a bug keeps its traceback.
+    """
+    tame_malloc()
+    with contextlib.suppress(AttributeError):  # an ASCII terminal prints '?', not a traceback
+        sys.stdout.reconfigure(errors="replace")
+        sys.stderr.reconfigure(errors="replace")
+    sys.exit(int(_ending(main)))
+
+
+def _ending(main) -> Exit:
+    try:
+        main()
+        return Exit.DONE
+    except UserError as problem:
+        return _fail(problem.code, str(problem))
+    except Interrupted as end:
+        command = shlex.join(["python", *sys.argv])
+        say(f"stopped by {end}; saved. To continue: {command}", stream=sys.stderr)
+        return end.code
+    except FloatingPointError as problem:
+        return _fail(Exit.DIVERGED, f"{problem}; nothing was written")
+    except KeyboardInterrupt:
+        return _fail(Exit.INTERRUPTED, "interrupted")
+    except (torch.OutOfMemoryError, MemoryError) as problem:
+        return _fail(Exit.MEMORY, f"out of memory ({problem}); try half of --batch-size")
+    except OSError as problem:
+        if problem.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EACCES,
+            errno.EROFS,
+        ):
+            return _fail(
+                Exit.WRITE, f"cannot write {problem.filename or ''}: {problem.strerror}"
+            )
+        return _bug()
+    except RuntimeError as problem:
+        if "can't allocate memory" in str(problem) or "out of memory" in str(problem):
+            return _fail(Exit.MEMORY, "out of memory; try half of --batch-size")
+        return _bug()
+    except Exception:
+        return _bug()
+
+
+def _fail(code: Exit, message: str) -> Exit:
+    say("error: " + " ".join(message.split()), stream=sys.stderr)
+    return code
+
+
+def _bug() -> Exit:
+    say(traceback.format_exc(), stream=sys.stderr)
+    return Exit.BUG
+
+
+# --- processor and memory -----------------------------------------------------------------
+
+
+def tame_malloc():
+    """Let glibc keep large freed blocks instead of returning them to the kernel.
+
+    A training step frees and asks for the same tens of megabytes again and again; the page
+    faults of getting them back zeroed were half of its time. Does nothing elsewhere.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**26)
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' takes a GPU if there is one. Raises UserError (exit 2) for an absent one."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        mps = getattr(torch.backends, "mps", None)
+        return torch.device("mps" if mps is not None and mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(
+            Exit.USAGE,
+            f"--device {name}: not available here; use cpu, or auto to take what there is"
+            + ("" if torch.version.cuda else " (this torch was built without CUDA)"),
+        ) from None
+    return device
+
+
+@functools.cache
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 (emulation is slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a training step's forward passes, for `Config.precision`."""
+    low = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+
+
+# --- files --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success it becomes `path`, atomically.
+    """Yield a temporary path beside `path`; on success it becomes `path`, atomically.
 
-    On failure the temporary file is removed and `path` is as it was. A full disk is exit 7.
+    On failure the temporary file is removed and `path` is as it was. Raises UserError (exit 7)
+    if the disk is full or not writable.
     """
-    raise NotImplementedError
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as problem:
+        raise _cannot_write(path, problem) from problem
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_folder(folder: Path):
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _cannot_write(path: Path, problem: OSError, needed: int | None = None) -> UserError:
+    free = None
+    with contextlib.suppress(OSError, AttributeError):
+        stats = os.statvfs(path.parent)
+        free = stats.f_bavail * stats.f_frsize
+    space = f", {free / 1e6:.1f} MB free" if free is not None else ""
+    space += f", {needed / 1e6:.1f} MB needed" if needed is not None else ""
+    return UserError(
+        Exit.WRITE,
+        f"cannot write {path}: {problem.strerror or problem}{space}; what was there is intact. "
+        "Make room or choose another --out",
+    )
+
+
+def remove_temporaries(folder: Path):
+    """Delete what a killed process left half-written in `folder`."""
+    for stale in folder.glob(".*.tmp*"):
+        stale.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str):
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: dict):
+    """Strict JSON: a NaN in it would be a wrong score, and is a ValueError."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """Raises UserError (exit 4) if `path` is missing or is not a JSON object."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise UserError(Exit.CHECKPOINT, f"{path}: {problem}; is this a run folder?") from None
+    if not isinstance(values, dict):
+        raise UserError(Exit.CHECKPOINT, f"{path}: not a JSON object; is this a run folder?")
+    return values
+
+
+def save_figure(path: Path, make: Callable[[], object]):
+    """Draw and save a matplotlib Figure. A figure never ends a run: a failure is a warning."""
+    try:
+        with replacing(path) as temporary:
+            make().savefig(temporary, format="png")
+    except Exception as problem:
+        warn(f"figure {path.name} was not drawn: {problem}")
+
+
+class Log:
+    """log.csv: one row per measurement, columns fixed, empty where nothing was measured."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...] = ()):
+        self.path, self.columns = path, columns
+
+    def rows(self) -> list[dict]:
+        """All rows; numbers as float, empty cells as None."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return [
+                {k: v if k == "stage" else (float(v) if v else None) for k, v in row.items()}
+                for row in csv.DictReader(file)
+            ]
+
+    def keep(self, stage: str, nimg: int):
+        """Drop the rows of `stage` after `nimg`: they will be measured again."""
+        kept = [r for r in self.rows() if r["stage"] != stage or r["nimg"] <= nimg]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([self._printed(row) for row in kept])
+        write_text(self.path, text.getvalue())
+
+    def add(self, **values):
+        """Append a row. A full disk loses the row with a warning, not the run."""
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(
+                    self._printed(values)
+                )
+        except OSError as problem:
+            warn(f"a row of {self.path.name} was lost: {problem}")
+
+    def _printed(self, row: dict) -> dict:
+        return {k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()}
+
+
+# --- checkpoints --------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, values: dict, keep_previous: bool = False):
+    """Write a dict of tensors and plain types so that `path` is whole at every moment.
+
+    keep_previous: the file that was there becomes `<stem>_prev.pt`.
+    Raises UserError: exit 6 if a tensor is not finite, 7 if it cannot be written.
+    """
+    for name, tensor in _tensors(values):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                Exit.DIVERGED,
+                f"{path.name}: {name} is not finite; the last checkpoint is intact",
+            )
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT} | values, buffer)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+            _check_zip(temporary)
+            if keep_previous and path.exists():
+                os.replace(path, previous_of(path))
+    except UserError as problem:
+        cause = problem.__cause__
+        raise _cannot_write(path, cause, buffer.getbuffer().nbytes) from cause
+
+
+def previous_of(path: Path) -> Path:
+    return path.with_name(f"{path.stem.removesuffix('_last')}_prev{path.suffix}")
+
+
+def load_checkpoint(path: Path, **expected) -> dict:
+    """Read a checkpoint that may be damaged or hostile; no code in it is run.
+
+    expected: plain values that the file must hold. Raises UserError (exit 4) that names the
+    file and the reason: missing, cut short, a flipped byte, not weights only, another format,
+    another kind of run, or a value that is not finite.
+    """
+    try:
+        _check_zip(path)
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            Exit.CHECKPOINT, f"{path}: no such file; is the run finished?"
+        ) from None
+    except Exception as problem:
+        reason = " ".join(str(problem).split())[:120] or type(problem).__name__
+        if "weights" in reason.lower():
+            reason = "it holds more than tensors and plain values"
+        raise UserError(Exit.CHECKPOINT, f"{path}: not a usable checkpoint: {reason}") from None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(Exit.CHECKPOINT, f"{path}: not a checkpoint of this version")
+    for name, value in expected.items():
+        if values.get(name) != value:
+            raise UserError(
+                Exit.CHECKPOINT, f"{path}: {name} is {_differing(values.get(name), value)}"
+            )
+    for name, tensor in _tensors(values):
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(Exit.CHECKPOINT, f"{path}: {name} is not finite")
+    return values
+
+
+def load_last(path: Path, **expected) -> dict | None:
+    """The newest usable checkpoint of a training stage: `path`, else its predecessor.
+
+    None if there is neither. A damaged file is kept under another name, with a warning.
+    Raises UserError (exit 4) if files are there but none is usable.
+    """
+    problems = []
+    for candidate in (path, previous_of(path)):
+        if not candidate.exists():
+            continue
+        try:
+            values = load_checkpoint(candidate, **expected)
+        except UserError as problem:
+            problems.append((candidate, str(problem)))
+            continue
+        for damaged, reason in problems:
+            kept = damaged.with_name(f"{damaged.stem}.damaged-{time.time_ns()}")
+            os.replace(damaged, kept)
+            warn(
+                f"{reason}. Kept as {kept.name}; continuing from {candidate.name}, "
+                f"{values.get('nimg', 0)} images seen"
+            )
+        return values
+    if problems:
+        raise UserError(
+            Exit.CHECKPOINT,
+            "; ".join(reason for _, reason in problems)
+            + ". Nothing was changed: move these files away to train the stage anew",
+        )
+    return None
+
+
+def load_weights(module: torch.nn.Module, state: dict, path: Path) -> torch.nn.Module:
+    """`load_state_dict` whose failure is exit 4 and names the file; returns the module."""
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError, KeyError) as problem:
+        reason = " ".join(str(problem).split())[:160]
+        raise UserError(Exit.CHECKPOINT, f"{path}: other architecture: {reason}") from None
+    return module
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file: ties the files of one run to each other."""
+    value = 0
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 22):
+                value = zlib.crc32(part, value)
+    except FileNotFoundError:
+        raise UserError(
+            Exit.CHECKPOINT, f"{path}: no such file; run the stage before"
+        ) from None
+    return value
+
+
+def _check_zip(path: Path):
+    """torch.load takes a flipped byte for granted; the zip container has checksums."""
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise ValueError(f"checksum of {bad} is wrong")
+
+
+def _tensors(values, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(values, torch.Tensor):
+        yield name, values
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, list | tuple):
+        for i, value in enumerate(values):
+            yield from _tensors(value, f"{name}[{i}]")
+
+
+def _differing(found, wanted) -> str:
+    """What differs between two values, for an error message."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [k for k in {**wanted, **found} if found.get(k) != wanted.get(k)]
+        return "different in " + ", ".join(
+            f"{k} ({found.get(k)!r} there, {wanted.get(k)!r} here)" for k in keys
+        )
+    return f"{found!r}, expected {wanted!r}"
+
+
+# --- run folders --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing_alone(folder: Path) -> Iterator[None]:
+    """Be the only writer of `folder`, or raise UserError (exit 5) that names the other one.
+
+    The lock is the kernel's, on a file that names its owner: a killed owner's lock is free.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock.json"
+    file = _locked(path)
+    try:
+        before = file.read()
+        if before:
+            log(f"took over the lock of a process that ended: {before.strip()}")
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
+        file.flush()
+        remove_temporaries(folder)
+        yield
+    finally:
+        file.seek(0)
+        file.truncate()  # an empty file: nobody's
+        file.close()
+
+
+def _locked(path: Path):
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, held for the run's duration
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            Exit.BUSY, f"{path.parent} is being written by {owner}; wait for it or use --out"
+        ) from None
+    file.seek(0)
+    return file
+
+
+def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, int]:
+    """Where this command's results go, and its first seed.
+
+    With `--out`: that folder, if it is new or of equal configuration and data. Without: the
+    newest unfinished folder of equal configuration and data; if there is none, a new one, and
+    the next seed unless one was given. Raises UserError: exit 4 for a folder of another
+    configuration, 5 for one with other content.
+    """
+    mine = {"config": config.identity(), "data": data}
+    if config.out:
+        folder, seed = Path(config.out), config.seed
+        if (folder / "config.json").exists():
+            found = read_json(folder / "config.json")
+            if {key: found.get(key) for key in mine} != mine:
+                wrong = [
+                    _differing(found.get(k), v) for k, v in mine.items() if found.get(k) != v
+                ]
+                raise UserError(
+                    Exit.CHECKPOINT,
+                    f"{folder} holds another run: {'; '.join(wrong)}. Choose another --out",
+                )
+            return folder, seed if seed_given else found["seed"]
+        if folder.is_dir() and any(p.name != "lock.json" for p in folder.iterdir()):
+            raise UserError(Exit.BUSY, f"{folder} holds other files; choose another --out")
+        check_writable(folder)
+    else:
+        alike = _folders_alike(Path("runs"), mine)
+        for folder, found in alike:
+            open_end = not _is_finished(folder)
+            if open_end and (not seed_given or found["seed"] == config.seed):
+                say(f"continuing {folder}; a new run: --out runs/NAME")
+                return folder, found["seed"]
+        seeds = [_last_seed(folder) for folder, _ in alike]
+        seed = config.seed if seed_given else max(seeds, default=-1) + 1
+        name = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+        folder = new_folder(Path("runs"), name)
+    write_json(folder / "config.json", {**mine, "seed": seed, "preset": config.preset})
+    return folder, seed
+
+
+def _folders_alike(parent: Path, mine: dict) -> list[tuple[Path, dict]]:
+    """Results folders of equal configuration and data, the newest first."""
+    alike = []
+    for path in sorted(parent.glob("*/config.json"), reverse=True):
+        with contextlib.suppress(UserError):
+            found = read_json(path)
+            if {key: found.get(key) for key in mine} == mine and isinstance(
+                found.get("seed"), int
+            ):
+                alike.append((path.parent, found))
+    return alike
+
+
+def _is_finished(folder: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return bool(read_json(folder / "results.json").get("finished"))
+    return False
+
+
+def _last_seed(folder: Path) -> int:
+    names = [p.name.removeprefix("seed-") for p in folder.glob("seed-*")]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
+def check_writable(folder: Path):
+    """Raise UserError (exit 7) now rather than after hours of training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.tmp{os.getpid()}"
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as problem:
+        raise _cannot_write(folder / "results", problem) from None
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """Make `parent/name`, or `parent/name-2` ... if it exists; safe against a race."""
+    for number in range(1, 10_000):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as problem:
+            raise _cannot_write(folder, problem) from None
+    raise UserError(Exit.WRITE, f"no free name for {parent / name}")
+
+
+def peak_memory_mb() -> float:
+    """Largest resident size of this process so far, in MB (0 where it cannot be known)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

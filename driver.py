@@ -1,0 +1,136 @@
+"""The whole way, from slices to new brains: train, evaluate, choose the best of several runs.
+
+`python driver.py` needs no data: it makes an embedded set. With OASIS slices, give their folder
+as `--data PATH`, or write it below. The same command again continues where it stopped.
+"""
+
+from config import Exit, Parser, UserError, add_options, config_from
+
+DATA_PATH = None  # for example "keras_png_slices_data"; None is the embedded set
+
+if __name__ == "__main__":  # a mistyped flag must not wait for torch
+    PARSER = Parser(
+        "Learn brain MRI slices and draw new ones. The same command again continues."
+    )
+    add_options(PARSER)
+    ARGUMENTS = PARSER.parse_args()
+
+import statistics
+import time
+from pathlib import Path
+
+import predict
+import runtime
+import train
+from dataset import open_data
+
+SCORE = (
+    "fd_validation"  # chooses the best run: relative FD to validation slices, lower is better
+)
+
+
+def main(arguments):
+    if DATA_PATH is not None and "data" not in arguments:
+        arguments.data = DATA_PATH
+    config = config_from(arguments)
+    device = runtime.choose_device(config.device)
+    settings = (f"{k}={v}" for k, v in config.to_dict().items() if v != "")
+    runtime.say(f"config: {' '.join(settings)}")
+    runtime.say(f"device: {device}, {config.precision} precision")
+    runtime.check_writable(Path(config.out).parent if config.out else Path("runs"))
+    data = open_data(config)
+    folder, first = runtime.results_folder(config, data.fingerprint, "seed" in arguments)
+    with runtime.writing_alone(folder), runtime.Signals() as signals:
+        runtime.say(f"results: {folder}")
+        known = {int(p.name[5:]) for p in folder.glob("seed-*") if p.name[5:].isdigit()}
+        seeds = range(first, first + config.runs)
+        results = {s: finished(folder, s) for s in sorted(known | set(seeds))}
+        for seed in seeds:
+            if results[seed]["status"] != "done":
+                results[seed] = one_run(folder, config, seed, data, signals)
+                write_results(folder, results, seeds)
+        write_results(folder, results, seeds)
+    report(folder, results)
+
+
+def one_run(folder: Path, config, seed: int, data, signals) -> dict:
+    """Train, evaluate and draw one seed. Divergence is a result; other failures end it all."""
+    run = train.open_seed(folder, config, seed, data, signals)
+    start = time.monotonic()
+    with runtime.logging_to(run.path("run.log")):
+        try:
+            for stage in train.STAGES.values():
+                stage(run)
+        except UserError as problem:
+            if problem.code != Exit.DIVERGED:
+                raise
+            runtime.warn(str(problem))
+            return {"status": "diverged", "why": str(problem)}
+        trained = predict.load_run(run.folder, str(run.device))
+        result = predict.evaluate_and_save(trained, data)
+        minutes = (time.monotonic() - start) / 60
+        runtime.say(f"seed {seed}: {minutes:.1f} min, in {run.folder}")
+    return finished(folder, seed, result)
+
+
+def finished(folder: Path, seed: int, metrics: dict | None = None) -> dict:
+    """A row of results.json for one seed, from its metrics.json if it has one."""
+    path = folder / f"seed-{seed}" / "metrics.json"
+    if metrics is None:
+        if not path.exists():
+            return {"status": "unfinished"}
+        metrics = runtime.read_json(path)
+    g, r = metrics["generation"], metrics["reconstruction"]
+    return {
+        "status": "done",
+        "validation": {SCORE: g[SCORE]["generated"]},
+        "test": {
+            "ssim": r["ssim"]["mean"],
+            "ssim_in_brain": r["ssim_in_brain"]["mean"],
+            "psnr_db": r["psnr_db"]["mean"],
+            "fd_test": g["fd_test"]["generated"],
+            "fd_train": g["fd_train"]["generated"],
+            "coverage": g["coverage"]["generated"],
+            "recall": g["recall"]["generated"],
+            "ms_ssim_of_pairs": g["ms_ssim_of_pairs"]["generated"],
+        },
+    }
+
+
+def write_results(folder: Path, results: dict[int, dict], seeds: range):
+    """results.json: all runs, the best of them by validation, mean and sd of test scores."""
+    done = {s: r for s, r in results.items() if r["status"] == "done"}
+    best = min(done, key=lambda s: done[s]["validation"][SCORE], default=None)
+    spread = {}
+    for name in next(iter(done.values()), {"test": {}})["test"]:
+        values = [r["test"][name] for r in done.values()]
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread[name] = {"mean": statistics.fmean(values), "sd": sd}
+    runtime.write_json(
+        folder / "results.json",
+        {
+            "best": None if best is None else f"seed-{best}",
+            "why": f"lowest {SCORE} of the runs that finished; test scores played no part",
+            "finished": all(results[s]["status"] != "unfinished" for s in seeds),
+            "runs": [{"seed": s, "folder": f"seed-{s}", **r} for s, r in results.items()],
+            "test_mean_sd": spread,
+        },
+    )
+
+
+def report(folder: Path, results: dict[int, dict]):
+    """Print all runs and the best one; exit 6 if none came through."""
+    best = runtime.read_json(folder / "results.json")["best"]
+    for seed, result in results.items():
+        scores = {**result.get("validation", {}), **result.get("test", {})}
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        mark = "  <- best" if best == f"seed-{seed}" else ""
+        runtime.say(f"seed {seed}: {result['status']} {shown}{mark}")
+    if best is None:
+        raise UserError(Exit.DIVERGED, f"no run of {folder} came through; see its run.log")
+    runtime.say(f"figures: {folder / best / 'figures'}")
+    runtime.say(f"more samples: python predict.py generate {folder} --n 64")
+
+
+if __name__ == "__main__":
+    runtime.run_script(lambda: main(ARGUMENTS))

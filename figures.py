@@ -1,0 +1,322 @@
+"""Every figure the project saves: arrays in, matplotlib `Figure` (or contact sheet) out.
+
+In: slices (N, 256, 256) float in [0, 1]; index maps (N, 64, 64) int, the *rank* of each code
+among the U used ones, so that similar colours are similar codes. Out: a `Figure` on its own Agg
+canvas, never pyplot, so that it needs no display and no closing; the caller saves it. One image
+pixel is one figure pixel (a map's cell is 4 x 4 of them): nothing shown is resampled.
+A `stamp`, such as "contains training data, do not publish", stands small below the figure.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+Array = np.ndarray
+
+DPI = 100
+CELL_PX = 256  # one slice, or one index map
+GAP_PX = 6  # between neighbouring cells
+TEXT_PX = 44  # a line of text above, or a turned one left of, the cells
+BAR_PX = 116  # a colour bar and its labels, right of the cells
+STAMP_PX = 34
+BLOCK_PX = 40  # between the blocks of `real_beside_generated`
+
+CODES = "viridis"  # perceptually even: equal steps in rank look equally far apart
+DIFFERENCE_SHOWN = 0.2  # full scale of absolute differences: fixed, so that runs compare
+COLOURS = ("#1f77b4", "#e07b1a", "#3a923a")
+INK = "0.25"
+SMOOTH_FROM = 80  # points; longer curves are shown with their running mean
+
+
+# Curves
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    columns: dict[str, str]  # column of log.csv -> label
+    log: bool = False
+    noisy: bool = False  # shown faint, under a running mean
+    ideal: float | None = None  # drawn as a dashed line
+
+
+PANELS = {
+    "vqvae": (
+        Panel("loss", {"loss": "total", "reconstruction": "reconstruction",
+                       "commitment": "commitment"}, log=True, noisy=True),
+        Panel("SSIM of validation slices", {"ssim_validation": ""}),
+        Panel("codes", {"used_codes": "used", "perplexity": "perplexity"}),
+        Panel("learning rate", {"lr": ""}),
+    ),
+    "dcgan": (
+        Panel("loss", {"g_loss": "generator", "d_loss": "discriminator"}, noisy=True),
+        Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, generated"},
+              log=True, noisy=True),
+        Panel("relative Fréchet distance (dashed: real against real)", {"fd_validation": ""},
+              log=True, ideal=1),
+        Panel("diversity (dashed: as diverse as real maps)", {"diversity": ""}, ideal=1),
+    ),
+}  # fmt: skip
+
+
+def curves(rows: list[dict], stage: str, stamp: str = "") -> Figure:
+    """What training measured, by log.csv; stage: "vqvae" or "dcgan", other rows are ignored."""
+    rows = [row for row in rows if row.get("stage", stage) == stage]
+    fig = _figure(11, 6.8, stamp, layout="constrained")
+    for ax, panel in zip(fig.subplots(2, 2).flat, PANELS[stage], strict=True):
+        _style(ax, panel.title, f"thousands of {'slices' if stage == 'vqvae' else 'maps'} seen")
+        for (column, label), colour in zip(panel.columns.items(), COLOURS, strict=False):
+            x, y = _column(rows, "nimg") / 1000, _column(rows, column)
+            _curve(ax, x, y, panel.noisy, color=colour, label=label)
+        _finish(ax, panel)
+    return fig
+
+
+def _column(rows: list[dict], name: str) -> Array:
+    """One column of the log, NaN where it was not measured."""
+    cells = [row.get(name) for row in rows]
+    return np.array([math.nan if cell in ("", None) else float(cell) for cell in cells])
+
+
+def _curve(ax: Axes, x: Array, y: Array, noisy: bool, **style):
+    measured = np.isfinite(x) & np.isfinite(y)
+    x, y = x[measured], y[measured]
+    if noisy and len(y) >= SMOOTH_FROM:
+        ax.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.8)
+        y = _running_mean(y, len(y) // 20)
+    ax.plot(x, y, linewidth=1.8, marker="o" if len(y) <= 30 else "", markersize=4, **style)
+
+
+def _running_mean(y: Array, width: int) -> Array:
+    """Mean over a centred window, which is cut off (not padded) at both ends."""
+    window = np.ones(width)
+    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+
+
+def _finish(ax: Axes, panel: Panel):
+    """Scale, ideal line and legend of a panel, once its curves are drawn."""
+    drawn = np.concatenate([line.get_ydata() for line in ax.lines])
+    if not len(drawn):
+        ax.text(0.5, 0.5, "not measured", transform=ax.transAxes, ha="center", color="0.6")
+        ax.set(xticks=[], yticks=[])
+        return
+    if panel.log and (drawn > 0).any():
+        _log_scale(ax, drawn[drawn > 0])
+    if panel.ideal is not None:
+        ax.axhline(panel.ideal, color="0.5", linestyle="--", linewidth=1, zorder=1)
+    if len(panel.columns) > 1:
+        _legend(ax)
+
+
+def _log_scale(ax: Axes, drawn: Array):
+    """A logarithmic axis with plain numbers: 0.1, 1, 10, with 2 and 5 if there is room."""
+    steps = (1, 2, 5) if drawn.max() < 100 * drawn.min() else (1,)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=steps))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
+
+
+def code_histogram(counts: Array, perplexity: float, total: int, stamp: str = "") -> Figure:
+    """How often each used code occurs. counts: (U,) by rank; total: K, used or not."""
+    share = 100 * np.asarray(counts, dtype=float) / np.sum(counts)
+    used = len(share)
+    fig = _figure(11, 4, stamp, layout="constrained")
+    ax = fig.subplots()
+    ax.bar(range(used), share, width=1, color=colormaps[CODES](np.linspace(0, 1, used)))
+    ax.axhline(100 / used, color="0.3", linestyle="--", linewidth=1, label="if used equally")
+    _log_scale(ax, share[share > 0])
+    ax.set_xlim(-0.5, used - 0.5)
+    ax.set_ylabel("share of map cells (%)", color=INK)
+    title = f"{used} of {total} codes used, perplexity {perplexity:.0f}"
+    _style(ax, title, "rank of the code (the colours are those of the index maps)")
+    _legend(ax)
+    return fig
+
+
+# Sheets of slices and index maps
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One image per slice, all shown in the same way; `bar` labels a colour bar."""
+
+    label: str
+    images: Array
+    cmap: str = "gray"
+    high: float = 1
+    bar: str = ""
+
+
+def reconstructions(
+    originals: Array,
+    index_maps: Array,
+    reconstructed: Array,
+    ssim_values: Sequence[float],
+    used: int,
+    stamp: str = "",
+) -> Figure:
+    """Per column one slice: original, index map, reconstruction, absolute difference."""
+    difference = np.abs(np.asarray(originals) - np.asarray(reconstructed))
+    layers = [
+        Layer("original", originals),
+        Layer("index map", index_maps, CODES, used - 1, "rank of code"),
+        Layer("reconstruction", reconstructed),
+        Layer("difference", difference, "magma", DIFFERENCE_SHOWN, "|difference|"),
+    ]
+    return _stacks(layers, stamp, [f"SSIM {value:.3f}" for value in ssim_values])
+
+
+def generated(
+    index_maps: Array, brains: Array, used: int, columns: int = 8, stamp: str = ""
+) -> Figure:
+    """Pairs of a generated index map and, below it, the brain that it decodes to."""
+    maps = Layer("index map", index_maps, CODES, used - 1, "rank of code")
+    return _stacks([maps, Layer("brain", brains)], stamp, columns=columns)
+
+
+def nearest(
+    samples: Array,
+    neighbours: Array,
+    distances: Sequence[float],
+    columns: int = 8,
+    stamp: str = "",
+) -> Figure:
+    """Each generated slice above the training slice closest to it, with their distance."""
+    layers = [Layer("generated", samples), Layer("nearest training", neighbours)]
+    titles = [f"distance {distance:#.3g}".rstrip(".") for distance in distances]
+    return _stacks(layers, stamp, titles, columns)
+
+
+def strip(images: Array, labels: Sequence[str] = (), stamp: str = "") -> Figure:
+    """One row: a sweep over slice levels, or an interpolation."""
+    return _stacks([Layer("", images)], stamp, labels, columns=len(images))
+
+
+def real_beside_generated(
+    real: Array, reconstructed: Array, generated: Array, stamp: str = ""
+) -> Figure:
+    """Three blocks of equally many slices at full size: judge quality with your own eyes."""
+    assert len(real) == len(reconstructed) == len(generated)
+    columns = math.ceil(math.sqrt(len(real)))
+    side = columns * (CELL_PX + GAP_PX) - GAP_PX
+    height = math.ceil(len(real) / columns) * (CELL_PX + GAP_PX)
+    fig = _sheet(3 * side + 2 * BLOCK_PX + 2 * GAP_PX, TEXT_PX + height, stamp)
+    blocks = {"real": real, "reconstruction": reconstructed, "generated": generated}
+    for b, (name, images) in enumerate(blocks.items()):
+        left = GAP_PX + b * (side + BLOCK_PX)
+        _write(fig, left + side / 2, TEXT_PX / 2, name, size=20)
+        for i, image in enumerate(images):
+            row, column = divmod(i, columns)
+            x, y = left + column * (CELL_PX + GAP_PX), TEXT_PX + row * (CELL_PX + GAP_PX)
+            _image(fig, x, y, image, Layer(name, images))
+    return fig
+
+
+def grid(images: Array, columns: int) -> Array:
+    """Contact sheet (H, W) uint8: slices row by row, 2 px apart, black where there is none."""
+    rows = math.ceil(len(images) / columns)
+    blanks = rows * columns - len(images)
+    cells = np.pad(_bytes(images), ((0, blanks), (1, 1), (1, 1)))
+    h, w = cells.shape[1:]
+    return cells.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
+
+
+def _stacks(
+    layers: list[Layer], stamp: str, titles: Sequence[str] = (), columns: int = 8
+) -> Figure:
+    """Column i holds slice i in each layer, one below the other; a long set wraps."""
+    count = len(layers[0].images)
+    assert all(len(layer.images) == count for layer in layers)
+    columns = min(columns, count)
+    left = TEXT_PX if layers[0].label else GAP_PX
+    top = TEXT_PX if len(titles) else GAP_PX
+    right = BAR_PX if any(layer.bar for layer in layers) else GAP_PX
+    step = CELL_PX + GAP_PX
+    band = top + len(layers) * step + GAP_PX
+    width = left + columns * step - GAP_PX + right
+    fig = _sheet(width, math.ceil(count / columns) * band, stamp)
+    for i in range(count):
+        row, column = divmod(i, columns)
+        x, y = left + column * step, row * band + top
+        if len(titles):
+            _write(fig, x + CELL_PX / 2, y - TEXT_PX / 2, titles[i])
+        for j, layer in enumerate(layers):
+            shown = _image(fig, x, y + j * step, layer.images[i], layer)
+            if column == 0:
+                _write(fig, x / 2, y + j * step + CELL_PX / 2, layer.label, rotation=90)
+            if layer.bar and column == columns - 1:
+                _bar(fig, x + step + GAP_PX, y + j * step, shown, layer)
+    return fig
+
+
+# Pieces
+
+
+def _figure(width_in: float, height_in: float, stamp: str, layout: str | None = None) -> Figure:
+    fig = Figure((width_in, height_in), dpi=DPI, facecolor="white", layout=layout)
+    FigureCanvasAgg(fig)
+    if stamp:
+        fig.supxlabel(stamp, fontsize=11, color="0.4")
+    return fig
+
+
+def _sheet(width_px: float, height_px: float, stamp: str) -> Figure:
+    height_px += STAMP_PX if stamp else 0
+    return _figure(width_px / DPI, height_px / DPI, stamp)
+
+
+def _axes(fig: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes at pixels that count from the top left, as in an image."""
+    w, h = fig.get_size_inches() * DPI
+    return fig.add_axes((x / w, 1 - (y + height) / h, width / w, height / h))
+
+
+def _image(fig: Figure, x: float, y: float, image: Array, layer: Layer):
+    ax = _axes(fig, x, y, CELL_PX, CELL_PX)
+    ax.set_axis_off()
+    if layer.cmap == "gray":  # as bytes: matplotlib's grey map is one level off here and there
+        image = np.repeat(_bytes(image)[..., None], 3, axis=-1)
+    limits = {"vmin": 0, "vmax": max(layer.high, 1e-6)}
+    return ax.imshow(image, cmap=layer.cmap, interpolation="nearest", aspect="auto", **limits)
+
+
+def _bytes(images: Array) -> Array:
+    """[0, 1] -> 0..255, rounded to the nearest level."""
+    return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
+
+
+def _write(fig: Figure, x: float, y: float, text: str, size: float = 16, rotation: float = 0):
+    w, h = fig.get_size_inches() * DPI
+    place = {"ha": "center", "va": "center", "rotation": rotation}
+    fig.text(x / w, 1 - y / h, text, fontsize=size, color=INK, **place)
+
+
+def _bar(fig: Figure, x: float, y: float, shown, layer: Layer):
+    bar = fig.colorbar(shown, cax=_axes(fig, x, y + 8, 16, CELL_PX - 16), ticks=[0, layer.high])
+    bar.ax.tick_params(labelsize=14, labelcolor=INK, length=0)
+    bar.outline.set_visible(False)
+    _write(fig, x + 36, y + CELL_PX / 2, layer.bar, size=14, rotation=90)
+
+
+def _style(ax: Axes, title: str, x_label: str):
+    ax.set_title(title, loc="left", fontsize=12, color=INK)
+    ax.set_xlabel(x_label, color=INK)
+    ax.tick_params(color="0.7", labelcolor=INK)
+    ax.grid(axis="y", color="0.92")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color("0.7")
+
+
+def _legend(ax: Axes):
+    """On the title's line, right: there it can hide no curve."""
+    place = {"loc": "lower right", "bbox_to_anchor": (1.01, 0.98)}
+    ax.legend(**place, ncols=3, frameon=False, handlelength=1.2, labelcolor=INK)

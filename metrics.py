@@ -1,0 +1,556 @@
+"""How good slices are: reconstructions against originals, generated sets against real ones.
+
+In: images, float32 in [0,1], (N,1,H,W); features (N,F); index maps (N,h,w). Out: numbers, or one
+number per image. Nothing is read, written, drawn from global randomness or pinned to a device.
+Bad input (uint8, [-1,1], NaN, unequal sizes) raises ValueError: a wrong score is never returned.
+
+Dimensions: B a micro-batch, N images or feature vectors, M those of a second set, H W pixels,
+h w pixels of a smaller map or cells of an index map, F features, K codes, R rings of a spectrum.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse import csr_array
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+FOREGROUND = 0.05  # brighter pixels of an original are brain (its background is black)
+MICRO_BATCH = 8  # images at a time: what a CPU's cache holds, three times faster than 32
+
+# --- checks -------------------------------------------------------------------------------
+
+
+def check_images(x: Tensor, name: str = "images"):
+    """Raise ValueError that says what is wrong, unless x is (N,1,H,W) float32 in [0,1]."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a torch tensor, got {type(x).__name__}")
+    if x.dtype != torch.float32:
+        hint = ": divide by 255 first" if x.dtype == torch.uint8 else ""
+        raise ValueError(f"{name}: expected float32 in [0,1], got {x.dtype}{hint}")
+    if x.ndim != 4 or x.shape[1] != 1 or 0 in x.shape:
+        raise ValueError(f"{name}: expected shape (N,1,H,W), got {tuple(x.shape)}")
+    low, high = (float(v) for v in x.detach().aminmax())
+    if not math.isfinite(low + high):
+        raise ValueError(f"{name}: contain NaN or infinity")
+    if low < -1e-5 or high > 1 + 1e-5:
+        raise ValueError(
+            f"{name}: values {low:.4g} to {high:.4g} are outside [0,1]; rescale or clamp first"
+        )
+
+
+def check_pair(x: Tensor, y: Tensor):
+    """`check_images` for both; equal shapes, so that nothing is broadcast by accident."""
+    check_images(x, "first images")
+    check_images(y, "second images")
+    if x.shape != y.shape:
+        raise ValueError(f"images differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
+
+
+def as_features(a, name: str = "features") -> np.ndarray:
+    """(N,F) float64, from a tensor or array. Raises ValueError unless finite and 2 <= N."""
+    a = np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a, dtype=np.float64)
+    if a.ndim != 2 or len(a) < 2:
+        raise ValueError(f"{name}: expected shape (N,F) with N >= 2, got {a.shape}")
+    if not np.isfinite(a).all():
+        raise ValueError(f"{name}: contain NaN or infinity")
+    return a
+
+
+# --- image against image ------------------------------------------------------------------
+
+
+def _gaussian(size: int = 11, sigma: float = 1.5) -> list[float]:
+    g = [math.exp(-((i - size // 2) ** 2) / (2 * sigma**2)) for i in range(size)]
+    return [v / sum(g) for v in g]
+
+
+def _blur_1d(x: Tensor, dim: int) -> Tensor:
+    """11-tap Gaussian along `dim`, valid positions only, as a sum of shifted copies."""
+    g, n = _gaussian(), x.shape[dim] - 10
+    out = x.narrow(dim, 5, n) * g[5]
+    for k in range(5):
+        out.add_(x.narrow(dim, k, n), alpha=g[k]).add_(x.narrow(dim, 10 - k, n), alpha=g[k])
+    return out
+
+
+class _Blur(torch.autograd.Function):
+    """The window of SSIM. It is symmetric, so its gradient is itself on a padded map.
+
+    Shifted copies are 5 to 10 times faster on a CPU than convolutions of one channel (11 times
+    with the gradient), and stay in float32 under autocast, where x^2 - mu^2 would cancel.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        return _blur_1d(_blur_1d(x, -1), -2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Blur.apply(F.pad(gradient, (10, 10, 10, 10)))
+
+
+def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Luminance and contrast-structure of SSIM at every whole window; their product is SSIM."""
+    x, y = x[:, 0].float(), y[:, 0].float()  # (B,H,W)
+    maps = _Blur.apply(torch.stack([x, y, x * x + y * y, x * y]))  # (4,B,H-10,W-10)
+    mean_x, mean_y, squares, product = maps.unbind()  # (B,H-10,W-10)
+    means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * means + c1) / (mean_squares + c1)
+    contrast = (2 * (product - means) + c2) / (squares - mean_squares + c2)
+    return luminance, contrast
+
+
+# Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: window 11, sigma 1.5, data range 1
+def ssim_core(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM per image, unchecked and differentiable: for losses, on any (B,1,H,W), H W >= 11."""
+    luminance, contrast = _ssim_maps(x, y)  # (B,H-10,W-10)
+    return (luminance * contrast).flatten(1).mean(1)  # (B,)
+
+
+# Wang et al. 2003 (doi:10.1109/ACSSC.2003.1292216), eq. 7; negative factors count as 0
+def _ms_ssim_core(x: Tensor, y: Tensor) -> Tensor:
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    result = torch.ones(len(x), device=x.device)  # (B,)
+    for level, weight in enumerate(weights):
+        luminance, contrast = _ssim_maps(x, y)
+        last = level == len(weights) - 1
+        factor = (luminance * contrast if last else contrast).flatten(1).mean(1)  # (B,)
+        result = result * factor.clamp(min=0) ** weight
+        if not last:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)  # (B,1,H/2,W/2)
+    return result
+
+
+def _brain_ssim_core(x: Tensor, y: Tensor) -> Tensor:
+    luminance, contrast = _ssim_maps(x, y)  # (B,H-10,W-10)
+    return _masked_mean(luminance * contrast, brain_mask(x)[:, 5:-5, 5:-5])
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B,h,w) inside the mask; over everything where the mask is empty."""
+    mask = (mask | ~mask.flatten(1).any(1)[:, None, None]).float()
+    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)  # (B,)
+
+
+def _per_image(core, x: Tensor, y: Tensor, smallest: int) -> Tensor:
+    """Check both, then `core` on micro-batches."""
+    check_pair(x, y)
+    if min(x.shape[2:]) < smallest:
+        raise ValueError(f"images are {tuple(x.shape[2:])}: at least {smallest} pixels needed")
+    batches = zip(x.split(MICRO_BATCH), y.split(MICRO_BATCH), strict=True)
+    return torch.cat([core(a, b) for a, b in batches])  # (N,)
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM per image over the full frame."""
+    return _per_image(ssim_core, x, y, 11)
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Multi-scale SSIM (five scales) per image over the full frame."""
+    return _per_image(_ms_ssim_core, x, y, 161)
+
+
+def ssim_in_brain(x: Tensor, y: Tensor) -> Tensor:
+    """Mean of the SSIM map over windows centred inside the brain of x, the original."""
+    return _per_image(_brain_ssim_core, x, y, 11)
+
+
+def _decibel(squared_error: Tensor) -> Tensor:
+    """Peak signal 1 over the error, at most 100 dB, so that identical images stay finite."""
+    return -10 * torch.log10(squared_error.clamp(min=1e-10))
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per image, full frame."""
+    return _per_image(lambda a, b: _decibel((a - b).square().flatten(1).mean(1)), x, y, 1)
+
+
+def psnr_in_brain(x: Tensor, y: Tensor) -> Tensor:
+    """PSNR in dB per image over the brain of x, the original."""
+    return _per_image(
+        lambda a, b: _decibel(_masked_mean((a - b).square()[:, 0], brain_mask(a))), x, y, 1
+    )
+
+
+def brain_mask(x: Tensor) -> Tensor:
+    """Pixels with foreground (or themselves foreground) in all four directions: holes filled."""
+    bright = (x[:, 0] > FOREGROUND).to(torch.uint8)  # (N,H,W)
+    sides = [bright.cummax(d).values & bright.flip(d).cummax(d).values.flip(d) for d in (1, 2)]
+    return (sides[0] & sides[1]).bool()  # (N,H,W)
+
+
+def brain_box(x: Tensor) -> Tensor:
+    """Foreground box: top, left, bottom, right (the last two exclusive); else the frame."""
+    check_images(x)
+    bright = x[:, 0] > FOREGROUND  # (N,H,W)
+    bright = bright | ~bright.flatten(1).any(1)[:, None, None]
+    starts, stops = [], []
+    for side in (bright.any(2), bright.any(1)):  # (N,H), (N,W)
+        starts.append(side.int().argmax(1))
+        stops.append(side.shape[1] - side.flip(1).int().argmax(1))
+    return torch.stack(starts + stops, 1)  # (N,4)
+
+
+# --- features -----------------------------------------------------------------------------
+
+
+class RandomFeatures:
+    """A convolution network with fixed random weights: features that need no download.
+
+    Random filters separate texture and shape well enough to rank generators (the idea of Naeem
+    et al. 2020, arXiv:2002.09797, section 4.2, for domains far from ImageNet). Equal seeds give
+    equal weights on every machine. Features: means of the rectified maps of all four layers.
+    """
+
+    def __init__(self, seed: int = 0, channels: tuple[int, ...] = (16, 32, 64, 64)):
+        generator = torch.Generator().manual_seed(seed)
+        self.weights, before = [], 1
+        for after in channels:
+            weight = torch.randn(after, before, 3, 3, generator=generator)
+            self.weights.append(weight * (2 / (9 * before)) ** 0.5)
+            before = after
+        self.size = sum(channels)
+
+    @torch.no_grad()
+    def _pooled(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        means = []
+        for weight in self.weights:
+            x = F.relu(F.conv2d(x, weight.to(x), stride=2))  # (B,C,H/2,W/2)
+            means.append(x.mean((2, 3)))  # (B,C)
+        return torch.cat(means, 1)  # (B,F)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N,F) features of the image at half resolution: shape and contrast."""
+        check_images(x)
+        return torch.cat([self._pooled(F.avg_pool2d(b, 2)) for b in x.split(MICRO_BATCH)])
+
+    def fine_features(self, x: Tensor) -> Tensor:
+        """(N,F) features of the image minus its 5x5 mean, at full resolution: grain and edges."""
+        check_images(x)
+        return torch.cat([self._pooled(high_pass(b)) for b in x.split(MICRO_BATCH)])
+
+
+def high_pass(x: Tensor) -> Tensor:
+    return x - F.avg_pool2d(x, 5, stride=1, padding=2)
+
+
+# --- set against set: features ------------------------------------------------------------
+
+
+# Dowson & Landau 1982; as a score Heusel et al. 2017, arXiv:1706.08500
+def frechet_distance(a, b) -> float:
+    """Squared Frechet (2-Wasserstein) distance of Gaussians fitted to (N,F) and (M,F)."""
+    a, b = as_features(a, "first features"), as_features(b, "second features")
+    shift = np.square(a.mean(0) - b.mean(0)).sum()
+    # With S = R'R, tr (Sa^1/2 Sb Sa^1/2)^1/2 is the sum of the singular values of Ra Rb':
+    # symmetric, and without the square root of a rounding error.
+    ra, rb = (np.linalg.qr((z - z.mean(0)) / math.sqrt(len(z) - 1), mode="r") for z in (a, b))
+    cross = np.linalg.svd(ra @ rb.T, compute_uv=False).sum()
+    return max(0.0, float(shift + np.square(ra).sum() + np.square(rb).sum() - 2 * cross))
+
+
+def relative_floor(train, n: int, draws: int = 10, seed: int = 0) -> tuple[float, int]:
+    """The unit of relative FD: mean distance of disjoint random draws of n training slices.
+
+    Returns it with the n used: half of the slices where there are fewer than 2n.
+    """
+    train = as_features(train)
+    n, rng = min(n, len(train) // 2), np.random.default_rng(seed)
+    distances = []
+    for _ in range(draws):
+        order = rng.permutation(len(train))
+        distances.append(frechet_distance(train[order[:n]], train[order[n : 2 * n]]))
+    return float(np.mean(distances)), n
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(N,M) Euclidean distances, exact (0 for copies), in float64."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(torch.from_numpy(a), torch.from_numpy(b), compute_mode=exact).numpy()
+
+
+# Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1; Naeem et al. 2020, arXiv:2002.09797, eq. 3-4
+def prdc(real, fake, k: int = 5) -> dict[str, float]:
+    """Precision (fakes look real), recall (reals are reachable), density, coverage.
+
+    Balls are closed, so identical sets have precision = recall = coverage = 1 and density 1 + 1/k.
+    """
+    real, fake = as_features(real, "real features"), as_features(fake, "fake features")
+    if len(real) != len(fake) or not 0 < k < len(real):
+        raise ValueError(f"prdc: equal N > k = {k} needed, got {len(real)} and {len(fake)}")
+    radius_real = np.sort(_distances(real, real), 1)[:, k]  # (N,)
+    radius_fake = np.sort(_distances(fake, fake), 1)[:, k]  # (N,)
+    apart = _distances(real, fake)  # (N real,N fake)
+    inside = apart <= radius_real[:, None]
+    return {
+        "precision": float(inside.any(0).mean()),
+        "recall": float((apart <= radius_fake[None]).any(1).mean()),
+        "density": float(inside.sum(0).mean() / k),
+        "coverage": float((apart.min(1) <= radius_real).mean()),
+    }
+
+
+# Binkowski et al. 2018, arXiv:1801.01401, eq. 3 (unbiased) with the cubic kernel of section 4
+def kid(a, b) -> float:
+    """Kernel distance; its expectation is 0 for equal distributions, so it may be negative."""
+    a, b = as_features(a, "first features"), as_features(b, "second features")
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+# Lopez-Paz & Oquab 2017, arXiv:1610.06545, with AUC in place of accuracy
+def c2st_auc(real, fake, groups_real, groups_fake=None, seed: int = 0) -> float:
+    """Held-out AUC of a logistic regression, real against fake: 0.5 is ideal, 1 is told apart.
+
+    No subject is in both parts of a fold. Give `groups_fake` where fakes have subjects too
+    (reconstructions, other real slices); else every fake is a subject of its own.
+    """
+    real, fake = as_features(real, "real features"), as_features(fake, "fake features")
+    own = [f"fake {i}" for i in range(len(fake))] if groups_fake is None else groups_fake
+    groups = np.array([str(g) for g in [*groups_real, *own]])
+    folds = min(5, len(set(map(str, groups_real))), len(set(map(str, own))))
+    if len(groups) != len(real) + len(fake) or folds < 2:
+        raise ValueError("c2st: one group per slice and at least 2 groups on each side needed")
+    x, y = np.concatenate([real, fake]), np.repeat([0, 1], [len(real), len(fake)])
+    split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    scores = []
+    for train, test in split.split(x, y, groups):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        scores.append(
+            roc_auc_score(y[test], model.fit(x[train], y[train]).decision_function(x[test]))
+        )
+    return float(np.mean(scores))
+
+
+def memorisation(sample, held_out, train) -> dict[str, float]:
+    """Are samples closer to the training slices than unseen people are? All (.,F) features.
+
+    The share of samples below the held-out slices' 5th percentile of distance to the nearest
+    training slice: about 0.05 for new brains, near 1 for copies.
+    """
+    sample, held_out, train = (as_features(a) for a in (sample, held_out, train))
+    near = _distances(sample, train).min(1)  # (N,)
+    near_held_out = _distances(held_out, train).min(1)  # (M,)
+    return {
+        "share_below_5th_percentile": float((near < np.percentile(near_held_out, 5)).mean()),
+        "median_sample_distance": float(np.median(near)),
+        "median_held_out_distance": float(np.median(near_held_out)),
+    }
+
+
+# --- set against set: images --------------------------------------------------------------
+
+
+def ms_ssim_of_pairs(x: Tensor, pairs: int = 1000, seed: int = 0) -> float:
+    """Mean MS-SSIM of random pairs of two different images: 1 is a collapsed generator."""
+    check_images(x)
+    if len(x) < 2:
+        raise ValueError("ms_ssim_of_pairs: at least 2 images needed")
+    rng = np.random.default_rng(seed)
+    first = rng.integers(len(x), size=pairs)
+    second = (first + rng.integers(1, len(x), size=pairs)) % len(x)
+    parts = np.array_split(np.arange(pairs), math.ceil(pairs / 64))
+    return float(torch.cat([ms_ssim(x[first[p]], x[second[p]]) for p in parts]).mean())
+
+
+def seed_score(sample: Tensor, test_images: Tensor) -> dict[str, float]:
+    """The original project's score: SSIM of one sample (1,H,W) with every test image, once.
+
+    It rewards blur and copying: print it only labelled "as the seed counts it".
+    """
+    scores = ssim(sample.reshape(1, *sample.shape[-3:]).expand_as(test_images), test_images)
+    return {"mean": float(scores.mean()), "share_above": float((scores > 0.6).float().mean())}
+
+
+def thumbnails(x: Tensor) -> Tensor:
+    """(N,1,64,64), for `nearest`: made once, in parts, of a training split that fills memory."""
+    check_images(x)
+    return F.adaptive_avg_pool2d(x, 64)
+
+
+def nearest(x: Tensor, bank: Tensor, k: int = 8) -> tuple[Tensor, Tensor]:
+    """Distances and indices (N,k) of the k nearest of the bank by L2 of 64x64 thumbnails."""
+    x, bank = thumbnails(x).flatten(1), thumbnails(bank).flatten(1)  # (N,4096) (M,4096)
+    if k > len(bank):
+        raise ValueError(f"nearest: k = {k} of {len(bank)} images")
+    found = torch.cat(
+        [torch.cdist(b, bank).topk(k, largest=False).indices for b in x.split(64)]
+    )
+    exact = (x[:, None] - bank[found]).norm(dim=2)  # (N,k)
+    exact, order = exact.sort(1)
+    return exact, found.gather(1, order)
+
+
+def ssim_to_nearest(x: Tensor, bank: Tensor, samples: int = 128, k: int = 8) -> float:
+    """Mean, over the first `samples`, of the highest SSIM among the k nearest of the bank."""
+    x = x[:samples]
+    _, found = nearest(x, bank, k)  # (N,k)
+    return float(torch.stack([ssim(x, bank[column]) for column in found.T]).amax(0).mean())
+
+
+# Karras et al. 2018, arXiv:1710.10196, section 5; deviations: fewer patches and directions, and
+# both sets are normalised by the statistics of x, so that a loss of contrast is not hidden
+def sliced_wasserstein(x: Tensor, y: Tensor, seed: int = 0, patches: int = 32) -> dict:
+    """Distance of 7x7 patches per Laplacian level, named by its height; and "mean"."""
+    check_pair(x, y)
+    generator = torch.Generator().manual_seed(seed)
+    result, size = {}, x.shape[2]
+    while size >= 16:
+        a, b = _laplacian(x, size > 31), _laplacian(y, size > 31)  # (N,1,h,w)
+        a, b = (_patches(z, patches, generator) for z in (a, b))  # (N*patches,49)
+        mean, sd = a.mean(), a.std().clamp(min=1e-8)
+        directions = F.normalize(torch.randn(49, 128, generator=generator), dim=0).to(a)
+        a, b = (((z - mean) / sd @ directions).sort(0).values for z in (a, b))
+        result[str(size)] = float((a - b).abs().mean())
+        x, y, size = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2), size // 2
+    return result | {"mean": float(np.mean(list(result.values())))}
+
+
+def _laplacian(x: Tensor, coarser: bool) -> Tensor:
+    """x minus what the next coarser level knows of it; the coarsest level is kept as it is."""
+    if not coarser:
+        return x
+    return x - F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")
+
+
+def _patches(x: Tensor, count: int, generator: torch.Generator, side: int = 7) -> Tensor:
+    n, _, height, width = x.shape
+    top, left = (
+        torch.randint(s - side + 1, (n, count, 1, 1), generator=generator)
+        for s in (height, width)
+    )
+    steps, image = torch.arange(side), torch.arange(n)[:, None, None, None]
+    return x[:, 0][image, top + steps[:, None], left + steps].flatten(2).flatten(0, 1)
+
+
+def radial_spectrum(x: Tensor) -> Tensor:
+    """(R,) mean power in dB at 0, 1, ... H/2 cycles per image (square images)."""
+    check_images(x)
+    n, side = len(x), x.shape[2]
+    if x.shape[3] != side:
+        raise ValueError(f"radial_spectrum: square images needed, got {tuple(x.shape[2:])}")
+    power = (
+        sum(torch.fft.rfft2(b[:, 0]).abs().square().sum(0) for b in x.split(32)) / n
+    )  # (H,W/2+1)
+    rows, columns = torch.fft.fftfreq(side, 1 / side), torch.arange(side // 2 + 1)
+    ring = torch.hypot(rows[:, None], columns[None].float()).round().long().flatten()
+    twice = (
+        torch.where((columns > 0) & (columns < side / 2), 2.0, 1.0).expand(side, -1).flatten()
+    )
+    total = torch.zeros(int(ring.max()) + 1).index_add(0, ring, power.cpu().flatten() * twice)
+    count = torch.zeros(int(ring.max()) + 1).index_add(0, ring, twice)
+    return 10 * torch.log10((total / count).clamp(min=1e-12))[: side // 2 + 1]  # (R,)
+
+
+def noise_floor(real_db: Tensor) -> int:
+    """Cycles per image at which the data's own noise takes over.
+
+    White noise is flat, so the floor is the median level of the last eighth of the spectrum;
+    noise takes over above the last frequency that rises 3 dB (twice the power) over it.
+    """
+    level = real_db[-(len(real_db) // 8) :].median()
+    above = (real_db > level + 3).nonzero()
+    return int(above.max()) + 1 if len(above) else 0
+
+
+def spectrum_difference(real_db: Tensor, other_db: Tensor, end: int, start: int = 8) -> float:
+    """Mean |dB| between two `radial_spectrum`s from `start` to `end` - 1 cycles per image.
+
+    `end` is `noise_floor` of the real data: noise that a model adds beyond is not detail.
+    """
+    if len(real_db) != len(other_db) or end <= start:
+        raise ValueError(
+            f"spectra of {len(real_db)} and {len(other_db)} rings, {start} to {end}"
+        )
+    return float((real_db - other_db)[start:end].abs().mean())
+
+
+# --- codes, bits and other codecs ---------------------------------------------------------
+
+
+def total_variation(a, b) -> float:
+    """Half the sum of |p - q| of two histograms (arrays, or sparse as of `code_pairs`)."""
+    if a.shape != b.shape or not (a.sum() > 0 and b.sum() > 0):
+        raise ValueError("total_variation: two non-empty histograms of equal shape needed")
+    return float(abs(a / float(a.sum()) - b / float(b.sum())).sum() / 2)
+
+
+def code_pairs(index_maps: Tensor, codes: int) -> tuple[csr_array, csr_array]:
+    """How often code i has code j to its right; and below it. Each (K,K), sparse."""
+    maps = index_maps.cpu().numpy()  # (N,h,w)
+
+    def count(a, b):
+        ones = np.ones(a.size)
+        return csr_array((ones, (a.ravel(), b.ravel())), shape=(codes, codes))
+
+    return count(maps[:, :, :-1], maps[:, :, 1:]), count(maps[:, :-1], maps[:, 1:])
+
+
+def bits_per_pixel(
+    histogram, codes: int, map_size: int = 64, image_size: int = 256
+) -> tuple[float, float]:
+    """Bits per pixel of an index map: at log2 K a cell, and at the histogram's entropy."""
+    p = np.asarray(histogram, dtype=np.float64)
+    p = p[p > 0] / p.sum()
+    cells = (map_size / image_size) ** 2
+    return cells * math.log2(codes), cells * float(-(p * np.log2(p)).sum())
+
+
+def jpeg_webp_at(x: Tensor, bpp: float) -> dict[str, dict[str, float]]:
+    """JPEG and WebP, per image at the highest quality of at most `bpp` bits per pixel.
+
+    "over": share of images that exceed it even at quality 1 (they count at quality 1).
+    """
+    check_images(x)
+    pixels = (x[:, 0] * 255).round().byte().cpu().numpy()  # (N,H,W)
+    limit, result = bpp * pixels[0].size / 8, {}
+    formats = {
+        "jpeg": (".jpg", cv2.IMWRITE_JPEG_QUALITY),
+        "webp": (".webp", cv2.IMWRITE_WEBP_QUALITY),
+    }
+    for name, (suffix, flag) in formats.items():
+        with ThreadPoolExecutor(2) as pool:
+            coded = list(pool.map(lambda p: _encode(p, suffix, flag, limit), pixels))  # noqa: B023
+        decoded = np.stack([cv2.imdecode(c, cv2.IMREAD_GRAYSCALE) for c in coded])
+        y = torch.from_numpy(decoded)[:, None].to(x.device).float() / 255  # (N,1,H,W)
+        sizes = np.array([c.size for c in coded])
+        result[name] = {
+            "ssim": float(ssim(x, y).mean()),
+            "psnr": float(psnr(x, y).mean()),
+            "bpp": float(sizes.mean() * 8 / pixels[0].size),
+            "over": float((sizes > limit).mean()),
+        }
+    return result
+
+
+def _encode(pixels: np.ndarray, suffix: str, flag: int, limit: float) -> np.ndarray:
+    """The bytes at the highest quality (1 to 100, by bisection) that fit into the limit."""
+    low, high = 1, 101
+    best = cv2.imencode(suffix, pixels, [flag, 1])[1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        coded = cv2.imencode(suffix, pixels, [flag, middle])[1]
+        if coded.size <= limit:
+            low, best = middle, coded
+        else:
+            high = middle
+    return best

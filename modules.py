@@ -1,0 +1,581 @@
+"""The two networks and what lies between them: VQ-VAE, code map, DCGAN, and their losses.
+
+Pure: tensors in, tensors out. No files, no devices, no surprises in `forward`: a quantiser
+returns its statistics, and whoever trains it calls `update`. Only the networks' first weights
+come from torch's global random state.
+
+  images        (B, 1, H, W)  float32 [0,1]      H = W = 256
+  index maps    (B, h, w)     int64 0..K-1       h = w = 64
+  GAN space     (B, C, h, w)  float32 (-1,1)     what the DCGAN draws
+
+Dimensions: B batch, H W pixels, h w code-map cells, D code dimension, K codes, U used codes,
+N = B*h*w positions, A channels before the quantiser, C copies of the map, Z noise, L level
+features.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config
+
+# --- VQ-VAE -------------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(relu(x)))), as in van den Oord et al. 2017, section 4.1."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class UpsampleConv(nn.Conv2d):
+    """Upsampling by 2, then a 3x3 convolution.
+
+    With nearest upsampling both are one convolution at the low resolution: an output pixel of
+    parity (i, j) sees only 2x2 distinct inputs, so four small kernels (sums of the taps of the
+    3x3 kernel that fall on the same input) give four channels, which `pixel_shuffle`
+    interleaves. The same function, borders included, with 2.25 times fewer multiplications
+    and without the upsampled copy.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, upsampling: str):
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
+        self.upsampling = upsampling
+        # taps[i, r, t]: does tap t of the 3x3 kernel fall on low-resolution offset r - 1
+        # for output parity i? Even pixels see (-1, 0, 0), odd ones (0, 0, +1).
+        even, odd = [[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
+        self.register_buffer("taps", torch.tensor([even, odd]).float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.upsampling == "bilinear":
+            up = F.interpolate(x, scale_factor=2, mode="bilinear")  # (B, in, 2H, 2W)
+            return F.conv2d(up, self.weight, padding=1)  # (B, out, 2H, 2W)
+        folded = torch.einsum("irt,jsu,octu->oijcrs", self.taps, self.taps, self.weight)
+        parities = F.conv2d(x, folded.flatten(0, 2), padding=1)  # (B, out*4, H, W)
+        return F.pixel_shuffle(parities, 2)  # (B, out, 2H, 2W)
+
+
+def make_encoder(widths: tuple[int, int], blocks: int) -> nn.Sequential:
+    """(B, 1, H, W) -> (B, A, H/4, W/4). Pooling before ReLU: the same, on fewer numbers."""
+    full, half = widths
+    return nn.Sequential(
+        nn.Conv2d(1, full, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        *(ResidualBlock(full) for _ in range(blocks)),
+        nn.Conv2d(full, half, 3, padding=1, bias=False),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        *(ResidualBlock(half) for _ in range(blocks)),
+    )
+
+
+def make_decoder(
+    dim: int, widths: tuple[int, int], blocks: int, upsampling: str
+) -> nn.Sequential:
+    """(B, D, h, w) -> (B, 1, 4h, 4w), without an output activation."""
+    full, half = widths
+    return nn.Sequential(
+        nn.Conv2d(dim, half, 3, padding=1, bias=False),
+        *(ResidualBlock(half) for _ in range(blocks)),
+        nn.ReLU(),
+        UpsampleConv(half, full, upsampling),
+        *(ResidualBlock(full) for _ in range(blocks)),
+        nn.ReLU(),
+        UpsampleConv(full, 1, upsampling),
+    )
+
+
+class Quantized(NamedTuple):
+    """What one pass through the quantiser yields; the statistics are for `Quantizer.update`."""
+
+    embedding: Tensor  # (B, D, h, w) code vectors, with the gradient of z (straight-through)
+    indices: Tensor  # (B, h, w) int64
+    codebook_loss: Tensor  # () |sg(z) - e|^2, second term of eq. 3
+    commitment: Tensor  # () |z - sg(e)|^2, third term of eq. 3, not yet times beta
+    counts: Tensor  # (K,) how often each code was used
+    sums: Tensor  # (K, D) sum of the vectors z that chose it
+    vectors: Tensor  # (N, D) z, detached
+    errors: Tensor  # (N,) squared distance of each z to its code
+
+
+class Quantizer(nn.Module):
+    """Nearest of K code vectors (van den Oord et al. 2017, arXiv:1711.00937, eq. 1 and 2).
+
+    learned_by "loss": the codebook is a parameter, moved by the second term of eq. 3.
+    learned_by "ema": it is a moving average of the vectors that chose it (appendix A.1);
+    counts start at 1, so that a code that is never chosen stays where it is.
+    """
+
+    def __init__(self, codes: int, dim: int, learned_by: str):
+        super().__init__()
+        start = (torch.rand(codes, dim, generator=generator_of(0)) * 2 - 1) / codes
+        if learned_by == "loss":
+            self.codebook = nn.Parameter(start)
+        else:
+            self.register_buffer("codebook", start)
+        self.register_buffer("count", torch.ones(codes))
+        self.register_buffer("sum", start.clone())
+
+    @torch.no_grad()
+    def search(self, a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Index of the code nearest to z = W a + b, found without making z.
+
+        |Wa+b-e|^2 = |Wa|^2 - 2 a.W'(e-b) + |e-b|^2, whose first term is the same for all
+        codes: A multiplications per code in place of D. a (N, A), W (D, A), b (D,) -> (N,).
+        In pieces, so that the table of scores stays in the processor's cache.
+        """
+        shifted = self.codebook - bias  # (K, D)
+        keys = (shifted @ weight).T.contiguous()  # (A, K)
+        offsets = shifted.square().sum(1) / -2  # (K,)
+        piece = 4096 if a.device.type == "cpu" else 1 << 18
+        best = [torch.addmm(offsets, part, keys).argmax(1) for part in a.split(piece)]
+        return torch.cat(best)  # (N,)
+
+    def forward(self, a: Tensor, projection: nn.Conv2d) -> Quantized:
+        """a (B, A, h, w) float32, the input of the 1x1 `projection` to D channels."""
+        B, A, h, w = a.shape
+        weight = projection.weight.flatten(1)  # (D, A)
+        flat = a.permute(0, 2, 3, 1).reshape(-1, A)  # (N, A)
+        indices = self.search(flat.detach(), weight, projection.bias)  # (N,)
+        z = F.linear(flat, weight, projection.bias)  # (N, D)
+        e = F.embedding(indices, self.codebook)  # (N, D)
+        errors = (z - e.detach()).square().sum(1)  # (N,)
+        through = z + (e - z).detach()  # (N, D)
+        counts, sums = self.statistics(flat.detach(), indices, weight, projection.bias)
+        return Quantized(
+            embedding=through.view(B, h, w, -1).permute(0, 3, 1, 2),  # (B, D, h, w)
+            indices=indices.view(B, h, w),
+            codebook_loss=F.mse_loss(e, z.detach()),
+            commitment=errors.mean() / z.shape[1],
+            counts=counts,
+            sums=sums,
+            vectors=z.detach(),
+            errors=errors.detach(),
+        )
+
+    @torch.no_grad()
+    def statistics(self, a, indices, weight, bias) -> tuple[Tensor, Tensor]:
+        """Count (K,) and sum (K, D) of z per code; summed before the projection, A numbers."""
+        K = len(self.codebook)
+        counts = torch.bincount(indices, minlength=K).to(a.dtype)  # (K,)
+        sums = a.new_zeros(K, a.shape[1]).index_add_(0, indices, a)  # (K, A)
+        return counts, sums @ weight.T + counts[:, None] * bias  # (K, D)
+
+    @torch.no_grad()
+    def update(self, counts: Tensor, sums: Tensor, decay: float):
+        """One step of the moving averages, appendix A.1. Codes of negligible count stay put."""
+        self.count.lerp_(counts, 1 - decay)
+        self.sum.lerp_(sums, 1 - decay)
+        alive = self.count > 1e-3
+        self.codebook[alive] = self.sum[alive] / self.count[alive, None]
+
+    @torch.no_grad()
+    def replace(self, codes: Tensor, vectors: Tensor):
+        """Set code vectors, and with them sum and count, or the old sum would undo it."""
+        self.codebook[codes] = vectors
+        self.count[codes] = 1.0
+        self.sum[codes] = vectors
+
+    @torch.no_grad()
+    def revive(self, quantized: Quantized, below: float, generator: torch.Generator) -> int:
+        """Move codes used less than `below` times a step to vectors that are coded badly.
+
+        Vectors are drawn with probability proportional to their squared error, as k-means++
+        draws its starts: in a brain slice most vectors are background and coded perfectly.
+        """
+        dead = (self.count < below).nonzero().flatten()
+        if len(dead) == 0 or quantized.errors.sum() == 0:
+            return 0
+        dead = dead[: int((quantized.errors > 0).sum())]
+        errors = quantized.errors.cpu()
+        chosen = torch.multinomial(errors, len(dead), generator=generator)
+        self.replace(dead, quantized.vectors[chosen.to(dead.device)])
+        return len(dead)
+
+
+class VQVAE(nn.Module):
+    """(B, 1, 256, 256) -> encoder -> quantiser (64x64 codes) -> decoder -> (B, 1, 256, 256)."""
+
+    def __init__(
+        self,
+        codes: int = 512,
+        dim: int = 64,
+        widths: tuple[int, int] = (16, 8),
+        blocks: int = 0,
+        upsampling: str = "nearest",
+        codebook: str = "ema",
+    ):
+        super().__init__()
+        self.encoder = make_encoder(widths, blocks)
+        self.pre_vq = nn.Conv2d(widths[1], dim, 1)
+        self.quantizer = Quantizer(codes, dim, codebook)
+        self.decoder = make_decoder(dim, widths, blocks, upsampling)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
+        """Images (B, 1, H, W) -> reconstructions (B, 1, H, W), not clipped, and the codes."""
+        a = self.encoder(x.contiguous(memory_format=torch.channels_last))  # (B, A, h, w)
+        with torch.autocast(x.device.type, enabled=False):  # codes differ by little: float32
+            quantized = self.quantizer(a.float(), self.pre_vq)
+        return self.decoder(quantized.embedding), quantized  # (B, 1, H, W)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B, 1, H, W) -> index maps (B, h, w) int64."""
+        a = self.encoder(x.contiguous(memory_format=torch.channels_last))  # (B, A, h, w)
+        flat = a.float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, A)
+        if not torch.isfinite(flat).all():  # the argmin of NaN would be code 0, a fine picture
+            raise FloatingPointError("the encoder's output is not finite")
+        weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
+        return self.quantizer.search(flat, weight, bias).view(len(x), *a.shape[2:])
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1]."""
+        embedding = F.embedding(indices, self.quantizer.codebook)  # (B, h, w, D)
+        return self.decoder(embedding.permute(0, 3, 1, 2)).float().clamp(0, 1)
+
+
+def make_vqvae(config: Config) -> VQVAE:
+    return VQVAE(
+        config.codes,
+        config.code_dim,
+        config.widths,
+        config.residual_blocks,
+        config.upsampling,
+        config.codebook,
+    )
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of a code histogram (K,): how many codes are in use, effectively."""
+    p = counts.double() / counts.sum()
+    return math.exp(-torch.xlogy(p, p).sum().item())
+
+
+# --- code map: index maps <-> GAN space ---------------------------------------------------
+
+
+class CodeMap(nn.Module):
+    """The used codes in an order, and the map from an index to the number the DCGAN sees.
+
+    A cell of rank r among U used codes becomes the middle of the r-th of U even bins of
+    (-1, 1); binning goes back. Codes differ mostly along one direction, so ranked along the
+    codebook's first principal component an index map is a smooth picture; ranked by their
+    number, which training assigns at random, it is noise.
+    """
+
+    def __init__(self, used: Tensor, codes: int):
+        """used (U,) int64: the used codes in their order."""
+        super().__init__()
+        rank = torch.full((codes,), -1)
+        rank[used] = torch.arange(len(used))
+        self.register_buffer("used", used)
+        self.register_buffer("rank", rank)  # (K,), -1: never used
+
+    @classmethod
+    def fit(cls, codebook: Tensor, counts: Tensor, order: str) -> "CodeMap":
+        """From the codebook (K, D) and the training split's code histogram (K,)."""
+        used = counts.nonzero().flatten()  # (U,)
+        if order == "pc1":
+            position = principal_coordinates(codebook[used], counts[used], 1)[:, 0]
+            used = used[position.argsort(stable=True)]
+        return cls(used, len(codebook))
+
+    def encode(self, indices: Tensor, channels: int = 1) -> Tensor:
+        """Index maps (B, h, w) int64 -> (B, C, h, w) float32 in (-1, 1), bin middles.
+
+        Raises ValueError for a code that the training split never used.
+        """
+        ranks = self.rank[indices]  # (B, h, w)
+        if (ranks < 0).any():
+            raise ValueError("an index map holds a code that the code map has not seen")
+        u = (ranks + 0.5) * (2 / len(self.used)) - 1  # (B, h, w)
+        return u[:, None].expand(-1, channels, -1, -1)  # (B, C, h, w)
+
+    def decode(self, u: Tensor, stretch: bool = False) -> Tensor:
+        """(B, C, h, w) in [-1, 1] -> index maps (B, h, w): even binning over the used codes.
+
+        stretch: bin over each sample's own range instead, as the original recipe does.
+        Raises FloatingPointError if u is not finite.
+        """
+        if not torch.isfinite(u).all():
+            raise FloatingPointError("the generator's output is not finite")
+        u = u.float().mean(1)  # (B, h, w)
+        if stretch:
+            low, high = u.amin((1, 2), True), u.amax((1, 2), True)  # (B, 1, 1)
+            u = (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
+        U = len(self.used)
+        ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)  # +1: the last bin
+        return self.used[ranks]  # (B, h, w)
+
+
+def principal_coordinates(codebook: Tensor, counts: Tensor, components: int) -> Tensor:
+    """Usage-weighted principal coordinates (U, components) of code vectors (U, D).
+
+    The sign of each component is fixed by its largest loading, so that equal inputs give
+    equal orders.
+    """
+    weight = (counts / counts.sum()).double()[:, None]  # (U, 1)
+    centred = codebook.double() - (weight * codebook.double()).sum(0)  # (U, D)
+    _, axes = torch.linalg.eigh(centred.T @ (weight * centred))  # ascending
+    axes = axes.flip(1)[:, :components]  # (D, components)
+    signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # (1, components)
+    return centred @ (axes * signs)  # (U, components)
+
+
+# --- DCGAN --------------------------------------------------------------------------------
+
+LEVEL_FEATURES = 9
+
+
+def level_features(level: Tensor) -> Tensor:
+    """Slice level (B,) in [0,1] -> (B, L): 1 and four octaves of cosine and sine.
+
+    An unknown level (NaN) gives zeros: the same networks, unconditional.
+    """
+    angles = level[:, None] * math.pi * torch.tensor([0.5, 1, 2, 4], device=level.device)
+    features = torch.cat([torch.ones_like(level)[:, None], angles.cos(), angles.sin()], 1)
+    return features.nan_to_num(0.0) * level.isfinite()[:, None]  # (B, L)
+
+
+class PixelNorm(nn.Module):
+    """Each cell's channels at unit mean square (Karras et al. 2018, arXiv:1710.10196, 4.2).
+
+    Unlike BatchNorm it makes no sample depend on its batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+
+
+class Generator(nn.Module):
+    """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> 64x64.
+
+    batch_norm True: as in the paper. False: PixelNorm, and the slice level beside the noise.
+    """
+
+    def __init__(self, noise_dim: int, width: int, channels: int, batch_norm: bool):
+        super().__init__()
+        self.noise_dim, self.conditional = noise_dim, not batch_norm
+        ins = noise_dim + LEVEL_FEATURES * self.conditional
+        widths = (8 * width, 4 * width, 2 * width, width)
+        layers = []
+        for i, out in enumerate(widths):
+            stride, padding = (1, 0) if i == 0 else (2, 1)
+            layers += [
+                nn.ConvTranspose2d(ins, out, 4, stride, padding, bias=not batch_norm),
+                nn.BatchNorm2d(out) if batch_norm else PixelNorm(),
+                nn.ReLU() if batch_norm else nn.LeakyReLU(0.2),
+            ]
+            ins = out
+        last = nn.ConvTranspose2d(ins, channels, 4, 2, 1)
+        self.layers = nn.Sequential(*layers, last, nn.Tanh())
+        self.apply(start_at_002 if batch_norm else start_at_he)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, noise: Tensor, level: Tensor) -> Tensor:
+        """noise (B, Z), level (B,) in [0,1] or NaN -> (B, C, 64, 64) in [-1, 1]."""
+        if self.conditional:
+            noise = torch.cat([noise, level_features(level)], 1)  # (B, Z + L)
+        return self.layers(noise[:, :, None, None])  # (B, C, 64, 64)
+
+
+class Discriminator(nn.Module):
+    """DCGAN discriminator, 64x64 -> one number (a logit).
+
+    batch_norm True: as in the paper. False: no normalisation (one sample's score, and the
+    gradient penalty on it, must not depend on the others), and a projection on the slice level
+    (Miyato and Koyama 2018, arXiv:1802.05637, eq. 3): one last layer per level feature.
+    """
+
+    def __init__(self, width: int, channels: int, batch_norm: bool):
+        super().__init__()
+        self.conditional = not batch_norm
+        layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for ins in (width, 2 * width, 4 * width):
+            layers.append(nn.Conv2d(ins, 2 * ins, 4, 2, 1, bias=not batch_norm))
+            layers += [nn.BatchNorm2d(2 * ins)] * batch_norm + [nn.LeakyReLU(0.2)]
+        outs = 1 + LEVEL_FEATURES * self.conditional
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, outs, 4))
+        self.apply(start_at_002 if batch_norm else start_at_he)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, u: Tensor, level: Tensor) -> Tensor:
+        """u (B, C, 64, 64), level (B,) -> logits (B,)."""
+        scores = self.layers(u.contiguous(memory_format=torch.channels_last)).flatten(1)
+        if not self.conditional:
+            return scores[:, 0]  # (B,)
+        return scores[:, 0] + (scores[:, 1:] * level_features(level)).sum(1)
+
+
+def make_generator(config: Config) -> Generator:
+    batch_norm = config.gan_loss == "bce"
+    return Generator(config.noise_dim, config.gan_widths[0], config.map_channels, batch_norm)
+
+
+def make_discriminator(config: Config) -> Discriminator:
+    return Discriminator(config.gan_widths[1], config.map_channels, config.gan_loss == "bce")
+
+
+def start_at_002(module: nn.Module):
+    """Weights from N(0, 0.02), BatchNorm gains from N(1, 0.02): Radford et al. 2016."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def start_at_he(module: nn.Module):
+    """Weights that keep the variance through LeakyReLU(0.2), He et al. 2015 (1502.01852)."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.kaiming_normal_(module.weight, 0.2)
+        if isinstance(module, nn.ConvTranspose2d) and module.stride[0] == 2:
+            # A transposed kernel of 4 at stride 2 meets each output with a quarter of its taps,
+            # and its fan-in, as torch counts it, is that of the output channels.
+            ins = module.weight.shape[0]
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2 / (1.04 * 4 * ins)))
+        elif isinstance(module, nn.ConvTranspose2d):
+            nn.init.normal_(module.weight, 0.0, math.sqrt(2 / (1.04 * module.weight.shape[0])))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
+    """softplus(-(D(better) - D(worse))), pair by pair.
+
+    Huang et al. 2024 (R3GAN, arXiv:2501.05441, eq. 2; the pairing loss of Jolicoeur-Martineau
+    2019, arXiv:1807.00734). D's step: better = real; G's step: better = generated.
+    """
+    return F.softplus(worse - better).mean()
+
+
+def bce_loss(logits: Tensor, target: float) -> Tensor:
+    """Binary cross-entropy of logits against one label (Goodfellow et al. 2014, 1406.2661)."""
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
+
+
+def gradient_penalty(discriminator: nn.Module, u: Tensor, level: Tensor) -> Tensor:
+    """Mean squared norm of D's gradient at u: R1 on real maps, R2 on generated ones.
+
+    Mescheder et al. 2018, arXiv:1801.04406, eq. 9 and 10, there halved and weighted by gamma.
+    """
+    u = u.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(u, level).sum(), u, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean()
+
+
+# --- generation ---------------------------------------------------------------------------
+
+
+def generator_of(*path: int) -> torch.Generator:
+    """A random generator that is a function of (seed, purpose, step, ...) and nothing else.
+
+    With it, continuing a run needs no saved random state, and sample s is the same picture in
+    any batch and on any number of processes.
+    """
+    state = np.random.SeedSequence(path).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+SAMPLE = 1000  # the purpose of a generator that makes a sample's noise
+DRAW_BATCH = 32  # samples are drawn in batches of exactly this size
+
+
+def noise_of(
+    samples: range, noise_dim: int, seed: int, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noise (n, Z) and a level (n,) from the table `levels`; row s depends on (seed, s) alone.
+
+    levels (0,): the data have no slice levels, and every level is NaN.
+    """
+    rows, chosen = [], []
+    for s in samples:
+        generator = generator_of(seed, SAMPLE, s)
+        rows.append(torch.randn(noise_dim, generator=generator))
+        place = torch.randint(max(1, len(levels)), (), generator=generator)
+        chosen.append(levels[place] if len(levels) else torch.tensor(math.nan))
+    return torch.stack(rows), torch.stack(chosen)
+
+
+@torch.no_grad()
+def draw(
+    generator: Generator,
+    code_map: CodeMap,
+    vqvae: VQVAE,
+    noise: Tensor,
+    level: Tensor,
+    stretch: bool = False,
+    decode: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Noise (n, Z) and level (n,) -> index maps (n, h, w) int64, images (n, 1, H, W) or None.
+
+    float32, in batches of one size, the last one filled up: the processor sums a batch of
+    another size in another order, and a value at the edge of a bin would change its code.
+    """
+    maps, images = [], []
+    for z, where in zip(noise.split(DRAW_BATCH), level.split(DRAW_BATCH), strict=True):
+        n = len(z)
+        z = F.pad(z, (0, 0, 0, DRAW_BATCH - n)).to(code_map.used.device)  # (32, Z)
+        where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)  # (32,)
+        indices = code_map.decode(generator(z, where), stretch)  # (32, h, w)
+        maps.append(indices[:n].cpu())
+        if decode:
+            images.append(vqvae.decode(indices)[:n].cpu())  # (n, 1, H, W)
+    return torch.cat(maps), torch.cat(images) if decode else None
+
+
+# --- the tables of the README -------------------------------------------------------------
+
+
+def architecture_rows(model: VQVAE) -> list[tuple[str, ...]]:
+    """One row per layer, as the README shows them, from a real pass through `model`."""
+    rows, hooks = [], []
+
+    def shape(x: Tensor) -> str:
+        return "(" + " x ".join(str(n) for n in x.shape[1:]) + ")"
+
+    def record(module, inputs, output):
+        x = inputs[0]
+        if isinstance(module, nn.ReLU):
+            last = max(i for i, row in enumerate(rows) if row[0] == "Conv2d")
+            rows[last] = (rows[last][0] + " + ReLU", *rows[last][1:])
+        elif isinstance(module, nn.MaxPool2d):
+            rows.append(("Max2D Pool", "-", "2", "-", "-", shape(x), shape(output)))
+        elif isinstance(module, Quantizer):
+            z, projection = output.embedding, inputs[1]
+            pre_vq = (str(projection.out_channels), "1", "1", "0", shape(x), shape(z))
+            rows.append(("Pre_VQ Conv2d", *pre_vq))
+            rows.append(("Vector Quantized", *"----", shape(z), shape(output.indices[:, None])))
+        elif isinstance(module, nn.Conv2d):
+            if isinstance(module, UpsampleConv):
+                up = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                rows.append(("Upsampling", "-", "2", "-", "-", shape(x), shape(up)))
+                x = up
+            numbers = (module.out_channels, module.kernel_size[0], module.stride[0])
+            padding = module.padding[0]
+            rows.append(("Conv2d", *map(str, numbers), str(padding), shape(x), shape(output)))
+
+    for module in model.modules():
+        hooks.append(module.register_forward_hook(record))
+    model(torch.zeros(1, 1, 256, 256))
+    for hook in hooks:
+        hook.remove()
+    rows[-1] = ("Final Conv2d", *rows[-1][1:])
+    return rows
+
+
+def architecture_table(model: VQVAE) -> str:
+    """The rows above as a Markdown table."""
+    head = ("Layer", "Filters", "Kernel", "Stride", "Padding", "Input Shape", "Output Shape")
+    lines = [head, (":---:",) * len(head), *architecture_rows(model)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,202 @@
+"""figures.py: every figure needs no display, shows what it got, and resamples nothing."""
+
+import functools
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+import figures
+
+ROOT = Path(__file__).resolve().parent.parent
+STAMP = "contains training data, do not publish"
+
+
+def slices(count: int, seed: int = 0) -> np.ndarray:
+    """Noise, so that any resampling changes it; on the 256 levels of a PNG."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 256, 256)).astype(np.float32) / 255
+
+
+def maps(count: int, used: int = 40) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, used, (count, 64, 64))
+
+
+def log_rows(stage: str, count: int) -> list[dict]:
+    names = [name for panel in figures.PANELS[stage] for name in panel.columns]
+    return [{"nimg": 32.0 * i} | dict.fromkeys(names, 1 / i) for i in range(1, count + 1)]
+
+
+@functools.cache
+def every_figure(stamp: str = "") -> dict[str, Figure]:
+    x, m = slices(3), maps(3)
+    return {
+        "vqvae": figures.curves(log_rows("vqvae", 100), "vqvae", stamp),
+        "dcgan": figures.curves(log_rows("dcgan", 100), "dcgan", stamp),
+        "reconstructions": figures.reconstructions(x, m, x, [0.9, 0.8, 0.7], 40, stamp),
+        "code_histogram": figures.code_histogram(np.arange(1, 41), 30.5, 512, stamp),
+        "generated": figures.generated(m, x, 40, columns=2, stamp=stamp),
+        "nearest": figures.nearest(x, x, [0.01, 2.5, 100.0], columns=2, stamp=stamp),
+        "real_beside_generated": figures.real_beside_generated(x, x, x, stamp),
+        "strip": figures.strip(x, ["0.0", "0.5", "1.0"], stamp),
+    }
+
+
+def pixels(fig: Figure) -> np.ndarray:
+    fig.canvas.draw()
+    return np.asarray(fig.canvas.buffer_rgba())[..., :3]
+
+
+def contains(sheet: np.ndarray, image: np.ndarray) -> bool:
+    """Whether the uint8 image stands somewhere in the grey sheet, pixel for pixel."""
+    h, w = image.shape
+    starts = np.argwhere(sheet[: 1 - h, : 1 - w] == image[0, 0])
+    for step in range(1, 6):  # six pixels on the diagonal leave few candidates
+        starts = starts[sheet[starts[:, 0] + step, starts[:, 1] + step] == image[step, step]]
+    return any(np.array_equal(sheet[y : y + h, x : x + w], image) for y, x in starts)
+
+
+def texts(fig: Figure) -> list[str]:
+    return [text.get_text() for text in fig.findobj(lambda a: hasattr(a, "get_text"))]
+
+
+@pytest.mark.parametrize("name", every_figure())
+def test_saves_as_png_with_its_stamp(name):
+    plain, stamped = every_figure()[name], every_figure(STAMP)[name]
+    for fig in (plain, stamped):
+        assert isinstance(fig.canvas, FigureCanvasAgg)
+        file = io.BytesIO()
+        fig.savefig(file, format="png")
+        assert file.getvalue().startswith(b"\x89PNG")
+    assert STAMP in texts(stamped) and STAMP not in texts(plain)
+
+
+def test_needs_neither_display_nor_pyplot():
+    """In a fresh process that asks for a windowing backend and has no screen."""
+    script = (
+        "import io, sys, numpy as np, figures\n"
+        "fig = figures.strip(np.zeros((2, 256, 256)))\n"
+        "fig.savefig(io.BytesIO(), format='png')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'tkinter' not in sys.modules\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    env |= {"MPLBACKEND": "TkAgg"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, stderr=-1)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("stage", figures.PANELS)
+def test_curves_of_a_single_row(stage):
+    shown = figures.curves(log_rows(stage, 1), stage)
+    pixels(shown)
+    assert "not measured" not in texts(shown)
+
+
+@pytest.mark.parametrize("stage", figures.PANELS)
+@pytest.mark.parametrize("empty", ["", None])
+def test_curves_leave_out_cells_not_measured(stage, empty):
+    rows = log_rows(stage, 9)
+    column = {"vqvae": "ssim_validation", "dcgan": "fd_validation"}[stage]
+    for row in rows[:7]:
+        row[column] = empty
+    fig = figures.curves(rows, stage)
+    pixels(fig)
+    panels = figures.PANELS[stage]
+    number = next(i for i, panel in enumerate(panels) if column in panel.columns)
+    assert list(fig.axes[number].lines[0].get_ydata()) == [1 / 8, 1 / 9]
+
+
+def test_curves_of_nothing_say_so():
+    fig = figures.curves([], "dcgan")
+    pixels(fig)
+    assert texts(fig).count("not measured") == 4
+
+
+def test_curves_leave_out_rows_of_the_other_stage():
+    rows = [{"stage": stage, "nimg": 32.0, "lr": 2e-3} for stage in ("vqvae", "dcgan")]
+    assert list(figures.curves(rows, "vqvae").axes[3].lines[0].get_xdata()) == [0.032]
+
+
+def test_penalties_of_zero_do_not_break_the_log_scale():
+    rows = [row | {"r1": 0.0, "r2": 0.0} for row in log_rows("dcgan", 5)]
+    pixels(figures.curves(rows, "dcgan"))
+
+
+def test_running_mean_is_the_mean_of_what_is_there():
+    y = np.random.default_rng(0).normal(size=30)
+    smooth = figures._running_mean(y, 5)
+    brute = [y[max(0, i - 2) : i + 3].mean() for i in range(30)]
+    np.testing.assert_allclose(smooth, brute, atol=1e-12)
+
+
+def test_real_beside_generated_shows_every_pixel():
+    real, rebuilt, fake = slices(3, 1), slices(3, 2), slices(3, 3)
+    shown = pixels(figures.real_beside_generated(real, rebuilt, fake, STAMP))[..., 0]
+    for image in [*real, *rebuilt, *fake]:
+        assert contains(shown, np.rint(255 * image).astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["reconstructions", "generated", "nearest", "strip"])
+def test_sheets_show_every_pixel(name):
+    shown = pixels(every_figure(STAMP)[name])[..., 0]
+    for image in slices(3):
+        assert contains(shown, np.rint(255 * image).astype(np.uint8))
+
+
+def test_index_maps_are_shown_in_cells_of_4_by_4_pixels():
+    shown = pixels(figures.generated(maps(1), slices(1), used=40))
+    colours = figures.colormaps["viridis"](maps(1)[0] / 39, bytes=True)[..., 0]
+    assert contains(shown[..., 0], np.kron(colours, np.ones((4, 4), np.uint8)))
+
+
+def test_histogram_bars_wear_the_colours_of_the_maps():
+    fig = figures.code_histogram(np.array([900, 90, 10]), 1.4, 512)
+    bars = fig.axes[0].patches
+    assert [round(bar.get_height(), 6) for bar in bars] == [90, 9, 1]
+    last = np.rint(255 * np.array(to_rgba(bars[-1].get_facecolor())))[:3]
+    assert (pixels(fig) == last).all(-1).sum() > 1000  # seen, not clipped away
+    assert "3 of 512 codes used, perplexity 1" in texts(fig)
+
+
+def test_one_used_code_is_enough():
+    pixels(figures.code_histogram(np.array([7]), 1.0, 512))
+    pixels(figures.generated(np.zeros((1, 64, 64), int), slices(1), used=1))
+
+
+def test_titles_and_distances():
+    assert "SSIM 0.900" in texts(every_figure()["reconstructions"])
+    shown = texts(every_figure()["nearest"])
+    assert {"distance 0.0100", "distance 2.50", "distance 100"} <= set(shown)
+
+
+def test_blocks_of_unequal_length_are_refused():
+    with pytest.raises(AssertionError):
+        figures.real_beside_generated(slices(2), slices(2), slices(1))
+
+
+def test_grid_places_slices_row_by_row():
+    x = slices(5)
+    sheet = figures.grid(x, columns=3)
+    assert sheet.shape == (2 * 258, 3 * 258) and sheet.dtype == np.uint8
+    for i, image in enumerate(x):
+        top, left = 1 + 258 * (i // 3), 1 + 258 * (i % 3)
+        cell = sheet[top : top + 256, left : left + 256]
+        np.testing.assert_array_equal(cell, np.rint(255 * image))
+    assert not sheet[258:, 2 * 258 :].any()
+
+
+def test_drawings_are_small_enough_for_a_readme(tmp_path):
+    """Made afresh in an empty folder, by the command that the script's opening lines give."""
+    script = tmp_path / "draw.py"
+    script.write_bytes((ROOT / "images" / "draw.py").read_bytes())
+    subprocess.run([sys.executable, script], check=True, stdout=subprocess.DEVNULL)
+    for name in ("pipeline.png", "vqvae.png", "generator.png"):
+        assert 1000 < (tmp_path / name).stat().st_size < 200_000
+        assert (ROOT / "images" / name).exists()

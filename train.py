@@ -1,0 +1,584 @@
+"""The three stages: VQ-VAE, index maps, DCGAN. Each continues exactly where it stopped.
+
+In: a `Config` and the slices of `dataset.open_data`. Out, in one folder per seed:
+`vqvae_best.pt`, `codes.npy` with `codes.pt` (index maps of every slice, uint16, and the code
+map), `dcgan_best.pt`, `log.csv`. Also a script: `python train.py --stage vqvae|codes|dcgan`.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import Config, Exit, Parser, UserError, add_options, config_from
+
+if __name__ == "__main__":  # a mistyped flag must not wait for torch
+    PARSER = Parser("Train one stage, or all three. The same command again continues.")
+    PARSER.add_argument(
+        "--stage", choices=("all", "vqvae", "codes", "dcgan"), default="all",
+        help="vqvae; codes (needs vqvae); dcgan (needs codes) [all, one after the other]",
+    )  # fmt: skip
+    add_options(PARSER)
+    ARGUMENTS = PARSER.parse_args()
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import kmeans_plusplus
+from torch import Tensor
+
+import metrics
+import modules
+import runtime
+from dataset import BrainSlices, Data, open_data
+from modules import VQVAE, CodeMap, generator_of
+
+COLUMNS = (
+    "stage", "nimg", "seconds", "images_per_s", "lr",
+    "loss", "reconstruction", "commitment", "perplexity", "used_codes", "revived",
+    "ssim_validation", "psnr_validation",
+    "g_loss", "d_loss", "r1", "r2", "diversity", "fd_validation",
+)  # fmt: skip
+
+ROWS = 40  # rows of log.csv per stage
+CHECKPOINT_EVERY_S = 60
+REVIVE_EVERY = 100  # steps between two looks for unused codes, in the first 70 % of training
+REVIVE_BELOW = 0.1  # uses per step, on average, under which a code counts as unused
+
+# What a random number is for: with seed and position it makes its generator.
+WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR = range(8)
+
+
+@dataclass
+class Run:
+    """One seed's folder and everything that its stages need."""
+
+    folder: Path
+    config: Config
+    seed: int
+    data: Data
+    device: torch.device
+    signals: runtime.Signals
+
+    def __post_init__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log = runtime.Log(self.folder / "log.csv", COLUMNS)
+
+    def fingerprint(self) -> dict:
+        """What a checkpoint must have been made with to be continued here."""
+        return {
+            "config": self.config.identity(), "seed": self.seed, "data": self.data.fingerprint,
+        }  # fmt: skip
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+class Stage:
+    """A training stage's place: images seen, best score, log rows, checkpoints, signals."""
+
+    def __init__(self, run: Run, name: str, kimg: float, batch_size: int, parts: dict, **given):
+        """parts: what is saved. given: further values that a checkpoint must match."""
+        self.run, self.name, self.parts, self.batch_size = run, name, parts, batch_size
+        self.steps = max(1, math.ceil(kimg * 1000 / batch_size))
+        self.every = max(1, self.steps // ROWS)  # steps per row
+        self.expected = {"stage": name, **run.fingerprint(), **given}
+        self.nimg, self.best, self.seconds = 0, None, 0.0
+        self.sums: dict[str, Tensor] = {}  # since the last row
+        self.last = run.path(f"{name}_last.pt")
+        self.restore()
+        self.saved = self.clock = time.monotonic()
+        self.shown = runtime.Progress(
+            self.steps * batch_size, f"seed {run.seed} {name}", " slices", self.nimg
+        )
+
+    @property
+    def step(self) -> int:
+        return self.nimg // self.batch_size
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps
+
+    def restore(self):
+        values = runtime.load_last(self.last, **self.expected)
+        if values is None:
+            self.run.log.keep(self.name, -1)
+            return
+        for name, part in self.parts.items():
+            runtime.load_weights(part, values["parts"][name], self.last)
+        self.nimg, self.best, self.seconds = (values[k] for k in ("nimg", "best", "seconds"))
+        self.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
+        self.run.log.keep(self.name, self.nimg)
+        if not self.done:
+            runtime.say(f"{self.name}: continuing at {self.nimg} images seen")
+
+    def save(self):
+        self.tick()
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        values = {"nimg": self.nimg, "best": self.best, "seconds": self.seconds}
+        values |= {"sums": self.sums, "parts": parts}
+        runtime.save_checkpoint(self.last, self.expected | values, keep_previous=True)
+        self.saved = time.monotonic()
+
+    def offer(self, score: float, **weights: torch.nn.Module):
+        """Keep these weights as the best if `score` is finite and lower than any before."""
+        if not math.isfinite(score) or (self.best is not None and score >= self.best):
+            return
+        self.best = score
+        state = {name: module.state_dict() for name, module in weights.items()}
+        values = self.expected | {"nimg": self.nimg, "score": score} | state
+        runtime.save_checkpoint(self.run.path(f"{self.name}_best.pt"), values)
+
+    def tick(self):
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+
+    def lr(self, base: float) -> float:
+        if self.run.config.schedule == "constant":
+            return base
+        return base * max(0.01, 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
+
+    def after_step(self, values: dict[str, Tensor], measure: Callable[[], dict], lr: float):
+        """Count the step; then a log row, a checkpoint, an end by signal, if they are due."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.nimg += self.batch_size
+        self.shown.add(self.batch_size)
+        row_due = self.step % self.every == 0 or self.done
+        if row_due or self.run.device.type == "cpu":  # elsewhere a look would stall the device
+            self.check_finite(values)
+        if row_due:
+            self.write_row(measure(), lr)
+        if self.done or time.monotonic() - self.saved > CHECKPOINT_EVERY_S:
+            self.save()
+        self.run.signals.check(self.save)
+
+    def check_finite(self, values: dict[str, Tensor]):
+        bad = [name for name, value in values.items() if not torch.isfinite(value).all()]
+        if bad:
+            raise UserError(
+                Exit.DIVERGED,
+                f"{self.name} diverged: {bad[0]} is not finite at step {self.step} "
+                f"({self.nimg} images seen) of seed {self.run.seed}; {self.last.name} is from "
+                "before. Try a lower --lr or --gan-lr, or --precision float32",
+            )
+
+    def write_row(self, measured: dict, lr: float):
+        before = self.seconds
+        self.tick()
+        steps = (self.step - 1) % self.every + 1
+        means = {name: (value / steps).item() for name, value in self.sums.items()}
+        self.sums = {}
+        rate = steps * self.batch_size / max(self.seconds - before, 1e-9)
+        self.run.log.add(
+            stage=self.name, nimg=self.nimg, seconds=round(self.seconds, 1),
+            images_per_s=round(rate, 1), lr=lr, **means, **measured,
+        )  # fmt: skip
+
+
+def order_of(seed: int, purpose: int, n: int, start: int, count: int) -> np.ndarray:
+    """Items start .. start+count-1 of an endless sequence of shuffled epochs of range(n)."""
+    places = np.arange(start, start + count)
+    epochs = np.unique(places // n)
+    shuffled = {e: torch.randperm(n, generator=generator_of(seed, purpose, e)) for e in epochs}
+    return np.array([shuffled[p // n][p % n] for p in places])
+
+
+def evenly(n: int, count: int) -> np.ndarray:
+    """At most `count` different items of range(n), evenly spaced."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
+def seeded(seed: int, make: Callable):
+    """Call `make` with torch's global random state set, and put it back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator_of(seed, WEIGHTS).initial_seed()))
+        return make()
+
+
+# --- stage 1: VQ-VAE ----------------------------------------------------------------------
+
+
+def train_vqvae(run: Run):
+    """Train until `vqvae_kimg`; `vqvae_best.pt` holds the weights of best validation SSIM."""
+    config, train = run.config, run.data.train
+    model = seeded(run.seed, lambda: modules.make_vqvae(config)).to(run.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    parts = {"model": model, "optimizer": optimizer}
+    stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
+    if stage.nimg == 0 and config.codebook == "ema":
+        start_codebook(model, train, run)
+    variance = data_variance(train)
+    while not stage.done:
+        lr = stage.lr(config.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
+        images = train.batch(rows).to(run.device)
+        values = vqvae_step(model, optimizer, images, variance, run, stage.step, stage.steps)
+        stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
+    stage.shown.close()
+
+
+def vqvae_step(model, optimizer, images, variance, run, step, steps) -> dict[str, Tensor]:
+    """One step on images (B, 1, 256, 256): eq. 3 of arXiv:1711.00937, and the codebook."""
+    config = run.config
+    with runtime.autocast(run.device, config.precision):
+        output, quantized = model(images)
+    crop = generator_of(run.seed, CROP, step)
+    reconstruction = reconstruction_loss(output.float(), images, config, variance, crop)
+    loss = reconstruction + config.commitment * quantized.commitment
+    if config.codebook == "loss":
+        loss = loss + quantized.codebook_loss
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    revived = 0
+    if config.codebook == "ema":
+        model.quantizer.update(quantized.counts, quantized.sums, config.codebook_decay)
+        if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.7 * steps:
+            draw = generator_of(run.seed, REVIVE, step)
+            revived = model.quantizer.revive(quantized, REVIVE_BELOW, draw)
+    return {
+        "loss": loss, "reconstruction": reconstruction, "commitment": quantized.commitment,
+        "revived": torch.tensor(float(revived)),
+    }  # fmt: skip
+
+
+def reconstruction_loss(
+    output, images, config, variance: float, crop: torch.Generator
+) -> Tensor:
+    """4 L1 + (1 - SSIM of one random 128x128 window), or squared error over data variance."""
+    if config.reconstruction == "mse":
+        return F.mse_loss(output, images) / variance
+    size = min(128, images.shape[-1])
+    top, left = torch.randint(0, images.shape[-1] - size + 1, (2,), generator=crop).tolist()
+    window = (..., slice(top, top + size), slice(left, left + size))
+    similarity = metrics.ssim_core(output[window], images[window]).mean()
+    return 4 * F.l1_loss(output, images) + 1 - similarity
+
+
+def data_variance(train: BrainSlices) -> float:
+    """Variance of the training slices' pixels, from at most 512 of them."""
+    return max(train.batch(evenly(len(train), 512)).var().item(), 1e-6)
+
+
+@torch.no_grad()
+def start_codebook(model: VQVAE, train: BrainSlices, run: Run):
+    """Codes start as encoder outputs, spread by k-means++ (Arthur and Vassilvitskii 2007)."""
+    rows = order_of(run.seed, START, len(train), 0, min(64, len(train)))
+    _, quantized = model(train.batch(rows).to(run.device))
+    vectors = quantized.vectors.cpu().unique(dim=0)  # background is one vector, many times
+    codes = len(model.quantizer.codebook)
+    draw = generator_of(run.seed, START)
+    vectors = vectors[torch.randperm(len(vectors), generator=draw)[: 32 * codes]]
+    if len(vectors) < codes:
+        return
+    start, _ = kmeans_plusplus(vectors.numpy(), codes, random_state=run.seed)
+    start = torch.from_numpy(start).to(run.device)
+    model.quantizer.replace(torch.arange(codes, device=run.device), start)
+
+
+@torch.no_grad()
+def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
+    """Validation scores for the log, ten times in a training; keeps the best weights."""
+    if not (stage.done or stage.step % (stage.every * max(1, ROWS // 10)) == 0):
+        return {}
+    validation = run.data.validation
+    images = validation.batch(evenly(len(validation), 128))
+    indices = [model.encode(part.to(run.device)) for part in images.split(32)]
+    outputs = torch.cat([model.decode(part).cpu() for part in indices])
+    counts = torch.bincount(torch.cat(indices).flatten().cpu(), minlength=run.config.codes)
+    ssim = metrics.ssim(images, outputs).mean().item()
+    psnr = metrics.psnr(images, outputs).mean().item()
+    stage.offer(-ssim, model=model)
+    return {
+        "ssim_validation": ssim, "psnr_validation": psnr,
+        "perplexity": modules.perplexity(counts), "used_codes": int((counts > 0).sum()),
+    }  # fmt: skip
+
+
+def trained_vqvae(run: Run) -> VQVAE:
+    """The best weights of stage 1. Raises UserError (exit 4) if they are unusable."""
+    path, model = run.path("vqvae_best.pt"), modules.make_vqvae(run.config)
+    values = runtime.load_checkpoint(path, stage="vqvae", **run.fingerprint())
+    return runtime.load_weights(model, values.get("model"), path).to(run.device).eval()
+
+
+# --- stage 2: index maps ------------------------------------------------------------------
+
+
+def extract_codes(run: Run):
+    """Write `codes.npy` (slices, 64, 64) uint16, all splits, and `codes.pt`, the code map."""
+    weights = runtime.checksum(run.path("vqvae_best.pt"))
+    if codes_are_current(run, weights):
+        return
+    model = trained_vqvae(run)
+    every = BrainSlices(run.data.images, np.arange(len(run.data.images)))
+    with runtime.replacing(run.path("codes.npy")) as temporary:
+        first = encode_slices(model, every.batch([0]), run.device)
+        shape = (len(every), *first.shape[1:])
+        maps = np.lib.format.open_memmap(temporary, "w+", np.uint16, shape)
+        starts = range(0, len(every), 64)
+        for start in runtime.progress(starts, total=len(starts), label="index maps"):
+            rows = np.arange(start, min(start + 64, len(every)))
+            maps[rows] = encode_slices(model, every.batch(rows), run.device)
+            run.signals.check(lambda: None)
+        maps.flush()
+        counts = {
+            name: histogram(maps, split.rows, run.config.codes) for name, split in splits(run)
+        }
+        del maps
+    code_map = CodeMap.fit(model.quantizer.codebook.cpu(), counts["train"], run.config.order)
+    values = {"stage": "codes", **run.fingerprint(), "vqvae": weights, "counts": counts}
+    values |= {"maps": runtime.checksum(run.path("codes.npy")), "used": code_map.used}
+    values |= {"levels": level_table(run.data.train.levels)}
+    runtime.save_checkpoint(run.path("codes.pt"), values)
+    U, total = len(code_map.used), modules.perplexity(counts["train"])
+    runtime.say(
+        f"codes: {U} of {run.config.codes} used, perplexity {total:.0f} (training split)"
+    )
+
+
+def codes_are_current(run: Run, weights: int) -> bool:
+    """Whether both files are whole and were made with these VQ-VAE weights."""
+    path, maps = run.path("codes.pt"), run.path("codes.npy")
+    if not (path.exists() and maps.exists()):
+        return False
+    try:
+        values = runtime.load_checkpoint(path, stage="codes", **run.fingerprint())
+    except UserError as problem:
+        runtime.warn(f"{problem}; extracting the index maps anew")
+        return False
+    return values["vqvae"] == weights and values["maps"] == runtime.checksum(maps)
+
+
+def splits(run: Run) -> list[tuple[str, BrainSlices]]:
+    data = run.data
+    return [("train", data.train), ("validation", data.validation), ("test", data.test)]
+
+
+@torch.no_grad()
+def encode_slices(model: VQVAE, images: Tensor, device: torch.device) -> np.ndarray:
+    """Images (B, 1, 256, 256) -> index maps (B, 64, 64) uint16."""
+    return model.encode(images.to(device)).cpu().numpy().astype(np.uint16)
+
+
+def histogram(maps: np.ndarray, rows: np.ndarray, codes: int) -> Tensor:
+    """How often each code occurs in these rows of maps: (K,) int64."""
+    counts = np.zeros(codes, np.int64)
+    for part in np.array_split(rows, max(1, len(rows) // 1024)):
+        counts += np.bincount(maps[part].ravel(), minlength=codes)
+    return torch.from_numpy(counts)
+
+
+def level_table(levels: np.ndarray) -> Tensor:
+    """1,024 slice levels that are distributed as in the training split; NaN-free or empty."""
+    if not np.isfinite(levels).all():
+        return torch.zeros(0)
+    quantiles = np.quantile(levels, (np.arange(1024) + 0.5) / 1024, method="nearest")
+    return torch.from_numpy(quantiles.astype(np.float32))
+
+
+# --- stage 3: DCGAN -----------------------------------------------------------------------
+
+
+class Gan:
+    """Both networks, the generator's average, their optimisers, and the maps they learn."""
+
+    def __init__(self, run: Run):
+        config, self.run = run.config, run
+        values = runtime.load_checkpoint(
+            run.path("codes.pt"), stage="codes", **run.fingerprint()
+        )
+        self.code_map = CodeMap(values["used"], config.codes).to(run.device)
+        self.maps = np.load(run.path("codes.npy"), mmap_mode="r")
+        self.levels = torch.from_numpy(run.data.train.levels)
+        self.level_table = values["levels"]
+        self.G = seeded(run.seed, lambda: modules.make_generator(config)).to(run.device)
+        self.D = seeded(run.seed + 1, lambda: modules.make_discriminator(config)).to(run.device)
+        self.average = copy.deepcopy(self.G).eval().requires_grad_(False)
+        betas = (config.gan_beta1, 0.999 if config.gan_loss == "bce" else 0.99)
+        adam = {"lr": config.gan_lr, "betas": betas, "fused": True}
+        self.G_adam = torch.optim.Adam(self.G.parameters(), **adam)
+        self.D_adam = torch.optim.Adam(self.D.parameters(), **adam)
+
+    def parts(self) -> dict:
+        return {
+            "G": self.G, "D": self.D, "average": self.average,
+            "G_adam": self.G_adam, "D_adam": self.D_adam,
+        }  # fmt: skip
+
+    def real(self, nimg: int, step: int) -> tuple[Tensor, Tensor]:
+        """A batch of real maps (B, C, 64, 64), anywhere inside their bins, and its levels (B,).
+
+        Without that jitter D could tell real maps by their values' lying on U exact numbers.
+        """
+        run, config = self.run, self.run.config
+        chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)
+        maps = self.maps[run.data.train.rows[chosen]].astype(np.int64)
+        u = self.code_map.encode(torch.from_numpy(maps).to(run.device), config.map_channels)
+        if config.gan_loss == "relativistic":
+            jitter = torch.rand(u[:, :1].shape, generator=generator_of(run.seed, JITTER, step))
+            u = u + (jitter.to(run.device) * 2 - 1) / len(self.code_map.used)
+        return u, self.levels[chosen].to(run.device)
+
+    def noise(self, step: int) -> Tensor:
+        shape = (self.run.config.gan_batch_size, self.run.config.noise_dim)
+        generator = generator_of(self.run.seed, NOISE, step)
+        return torch.randn(shape, generator=generator).to(self.run.device)
+
+
+def train_dcgan(run: Run):
+    """Train until `gan_kimg`; `dcgan_best.pt` holds the generator of the best validation FD."""
+    config, gan = run.config, Gan(run)
+    link = {"codes": runtime.checksum(run.path("codes.pt"))}
+    stage = Stage(run, "dcgan", config.gan_kimg, config.gan_batch_size, gan.parts(), **link)
+    monitor = None if stage.done else Monitor(gan)
+    while not stage.done:
+        lr = stage.lr(config.gan_lr)
+        for group in gan.G_adam.param_groups + gan.D_adam.param_groups:
+            group["lr"] = lr
+        values = dcgan_step(gan, stage.nimg, stage.step)
+        update_average(gan, stage.nimg)
+        stage.after_step(values, lambda: monitor.measure(stage), lr)
+    stage.shown.close()
+
+
+def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
+    """One step of the discriminator, then one of the generator on the same noise."""
+    config, device = gan.run.config, gan.run.device
+    real, level = gan.real(nimg, step)
+    with runtime.autocast(device, config.precision):
+        fake = gan.G(gan.noise(step), level)  # (B, C, 64, 64)
+    d_loss, penalties = discriminator_loss(gan, real, fake.detach().float(), level, step)
+    gan.D_adam.zero_grad(set_to_none=True)
+    d_loss.backward()
+    gan.D_adam.step()
+
+    gan.D.requires_grad_(False)
+    with runtime.autocast(device, config.precision):
+        fake_score = gan.D(fake, level).float()
+        if config.gan_loss == "bce":
+            g_loss = modules.bce_loss(fake_score, 1.0)
+        else:
+            g_loss = modules.relativistic_loss(fake_score, gan.D(real, level).float())
+    gan.G_adam.zero_grad(set_to_none=True)
+    g_loss.backward()
+    gan.G_adam.step()
+    gan.D.requires_grad_(True)
+    return {"g_loss": g_loss, "d_loss": d_loss, **penalties}
+
+
+def discriminator_loss(gan, real, fake, level, step) -> tuple[Tensor, dict[str, Tensor]]:
+    """D's loss, with R1 and R2 every `penalty_every` steps at that multiple of their weight.
+
+    Lazily, as Karras et al. 2020 (arXiv:1912.04958, appendix B); in float32, since the
+    gradient of a gradient is.
+    """
+    config = gan.run.config
+    with runtime.autocast(gan.run.device, config.precision):
+        real_score, fake_score = gan.D(real, level).float(), gan.D(fake, level).float()
+    if config.gan_loss == "bce":
+        loss = modules.bce_loss(real_score, 1.0) + modules.bce_loss(fake_score, 0.0)
+        return loss, {}
+    loss = modules.relativistic_loss(real_score, fake_score)
+    if step % config.penalty_every:
+        return loss, {}
+    r1 = modules.gradient_penalty(gan.D, real, level)
+    r2 = modules.gradient_penalty(gan.D, fake, level)
+    loss = loss + config.gamma / 2 * config.penalty_every * (r1 + r2)
+    return loss, {"r1": r1 * config.penalty_every, "r2": r2 * config.penalty_every}
+
+
+@torch.no_grad()
+def update_average(gan: Gan, nimg: int):
+    """Exponential average of G's weights, its half-life growing with training at first."""
+    config = gan.run.config
+    half_life = min(config.ema_kimg * 1000, 0.05 * nimg)
+    decay = 0.5 ** (config.gan_batch_size / half_life) if half_life > 0 else 0.0
+    pairs = zip(gan.average.parameters(), gan.G.parameters(), strict=True)
+    for average, now in pairs:
+        average.lerp_(now, 1 - decay)
+    for average, now in zip(gan.average.buffers(), gan.G.buffers(), strict=True):
+        average.copy_(now)
+
+
+class Monitor:
+    """Watches samples while the DCGAN trains: collapse, and distance to validation slices."""
+
+    N = 256
+
+    def __init__(self, gan: Gan):
+        run, self.gan = gan.run, gan
+        self.vqvae = trained_vqvae(run)
+        self.network = metrics.RandomFeatures()
+        train, validation = run.data.train, run.data.validation
+        self.n = min(self.N, len(validation), len(train) // 2)
+        of_train = self.network.features(train.batch(evenly(len(train), 4 * self.n)))
+        self.floor, self.n = metrics.relative_floor(of_train, self.n)
+        self.real = self.network.features(validation.batch(evenly(len(validation), self.n)))
+        maps = gan.maps[train.rows[evenly(len(train), 64)]].astype(np.int64)
+        self.real_spread = mean_distance(gan.code_map.encode(torch.from_numpy(maps)))
+        self.noise = modules.noise_of(
+            range(max(64, self.n)), run.config.noise_dim, run.seed, gan.level_table
+        )
+
+    @torch.no_grad()
+    def measure(self, stage: Stage) -> dict:
+        """diversity, every row: 1 is that of real maps; fd_validation, eight times."""
+        gan, config = self.gan, self.gan.run.config
+        full = stage.done or stage.step % (stage.every * max(1, ROWS // 8)) == 0
+        n = self.n if full else 64
+        maps, images = modules.draw(
+            gan.average, gan.code_map, self.vqvae, *(part[:n] for part in self.noise),
+            stretch=config.gan_loss == "bce", decode=full,
+        )  # fmt: skip
+        values = {"diversity": mean_distance(gan.code_map.encode(maps[:64])) / self.real_spread}
+        if full:
+            distance = metrics.frechet_distance(self.network.features(images), self.real)
+            values["fd_validation"] = distance / self.floor
+            stage.offer(values["fd_validation"], generator=gan.average)
+        return values
+
+
+def mean_distance(u: Tensor) -> float:
+    """Mean Euclidean distance of all pairs among maps (B, C, h, w); 0 after a collapse."""
+    return torch.pdist(u.flatten(1)).mean().item()
+
+
+STAGES = {"vqvae": train_vqvae, "codes": extract_codes, "dcgan": train_dcgan}
+
+
+def open_seed(folder: Path, config: Config, seed: int, data: Data, signals) -> Run:
+    """The run of one seed in the results folder `folder`, its config.json written."""
+    device = runtime.choose_device(config.device)
+    run = Run(folder / f"seed-{seed}", config, seed, data, device, signals)
+    settings = {"config": config.to_dict() | {"seed": seed}, "data": data.fingerprint}
+    runtime.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
+    return run
+
+
+def main(arguments):
+    config = config_from(arguments)
+    runtime.choose_device(config.device)
+    runtime.check_writable(Path(config.out or "runs"))
+    data = open_data(config)
+    folder, seed = runtime.results_folder(config, data.fingerprint, "seed" in vars(arguments))
+    with (
+        runtime.writing_alone(folder),
+        runtime.logging_to(folder / "run.log"),
+        runtime.Signals() as signals,
+    ):
+        run = open_seed(folder, config, seed, data, signals)
+        names = list(STAGES) if arguments.stage == "all" else [arguments.stage]
+        for name in names:
+            STAGES[name](run)
+            runtime.say(f"{name} done: {run.folder}")
+
+
+if __name__ == "__main__":
+    runtime.run_script(lambda: main(ARGUMENTS))
