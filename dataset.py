@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ import torch
 import embedded
 from config import Config, Exit, UserError
 from decoding import SIDE, Unreadable, peak_16bit, read_file
-from runtime import progress, replacing, say, warn
-from sources import LAYOUTS, PARTS, Item, assign_parts, find, stable_hash
+from runtime import progress, replacing, say, warn, write_json
+from sources import LAYOUTS, PARTS, Item, assign_parts, find, printable, stable_hash
 
 CACHE_FORMAT = 1  # raise it when the same files would decode to other pixels
 PRIVATE = "contains training data, do not publish"
@@ -107,11 +108,12 @@ def _open_folder(config: Config) -> Data:
     _check_cache_outside(config, root)
     items, report = find(root, config)
     images, fingerprint, table = _decoded(config, root, items)
-    found = list(zip(items, table, strict=True))
-    skipped = {item.name: fault for item, fault in found if isinstance(fault, str)}
-    _check_skipped(config, skipped, len(items))
-    report["skipped"] = [{"file": name, "reason": skipped[name]} for name in skipped]
-    kept, counts = zip(*(pair for pair in found if pair[0].name not in skipped), strict=True)
+    skipped = _check_skipped(config, items, table)
+    report["skipped"] = [
+        {"file": printable(name), "reason": reason} for name, reason in skipped.items()
+    ]
+    pairs = zip(items, table, strict=True)
+    kept, counts = zip(*(pair for pair in pairs if pair[0].name not in skipped), strict=True)
     report["split"], notes = assign_parts(kept, config)
     report["notes"] += notes
     columns = zip(*((item.subject, item.part or "", item.series) for item in kept), strict=True)
@@ -189,9 +191,9 @@ def read_slices(path: str | Path, config: Config) -> np.ndarray:
     """
     path = Path(path)
     if path.is_file():
-        items = [Item(path, path.name)]
-        if path.suffix.lower() == ".img":
-            items = [Item(path.with_suffix(".hdr"), path.with_suffix(".hdr").name)]
+        if path.suffix.lower() == ".img":  # its header says how to read it
+            path = path.with_suffix(".HDR" if path.suffix == ".IMG" else ".hdr")
+        items = [Item(str(path.parent), path.name)]
     else:
         items, _ = find(path, config, subjects=False)
     try:
@@ -228,13 +230,17 @@ def _decoded(config: Config, root: Path, items: list[Item]) -> tuple[np.ndarray,
     digests, peaks = zip(*_pooled(items, _survey, "reading"), strict=True)
     names = [item.name for item in items]
     fingerprint = stable_hash(settings, list(zip(names, digests, strict=True)))
-    greys: set[int] = set()
+    peak, greys = max(peaks), set()
 
     def read(item: Item):
-        return read_file(item.path, config.slices, config.axis, max(peaks), greys)
+        return read_file(item.path, config.slices, config.axis, peak, greys)
 
-    images, table = _cached(config, fingerprint, items, read, "decoding", greys)
-    _write_json(note, fingerprint)
+    def check(table: list):
+        _check_skipped(config, items, table)
+        _check_greys(config, greys)
+
+    images, table = _cached(config, fingerprint, items, read, "decoding", check)
+    write_json(note, {"fingerprint": fingerprint})
     return images, fingerprint, table
 
 
@@ -252,8 +258,8 @@ def _listing(items: list[Item]) -> list:
 
 def _remembered(note: Path) -> str | None:
     try:
-        fingerprint = json.loads(note.read_text())
-    except (OSError, ValueError):
+        fingerprint = json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return fingerprint if re.fullmatch("[0-9a-f]{32}", str(fingerprint)) else None
 
@@ -272,44 +278,38 @@ def _survey(item: Item) -> tuple[str, int]:
     return digest.hexdigest(), peak
 
 
-def _cached(config, fingerprint, jobs, work, label, greys=None) -> tuple[np.ndarray, list]:
-    """The memory map and table of this fingerprint, made by `work` on each job if need be."""
-    found = _load(config, fingerprint, len(jobs))
-    if found:
+def _cached(config, fingerprint, jobs, work, label, check=None) -> tuple[np.ndarray, list]:
+    """The memory map and table of this fingerprint, made by `work` on each job if need be.
+
+    `check` looks at the table before the new cache is kept.
+    """
+    if found := _load(config, fingerprint, len(jobs)):
         return found
     path = _cache_file(config, fingerprint)
     if path.exists():
         warn(f"the cache {path} is damaged or not ours; making it again")
-    _make_folder(path.parent)
+    _prepare(path.parent)
     with replacing(path) as temporary:
-        table = _write_slices(temporary, config, jobs, work, label)
-        if greys is not None and len(greys) <= 8:
-            raise UserError(
-                Exit.DATA,
-                f"--data {config.data}: at most 8 grey values in the whole source, so these are "
-                f"segmentations, not brains; {LAYOUTS}",
-            )
-    _write_json(path.with_suffix(".json"), {"fingerprint": fingerprint, "table": table})
+        table = _write_slices(temporary, jobs, work, label)
+        if check:
+            check(table)
+    write_json(path.with_suffix(".json"), {"fingerprint": fingerprint, "table": table})
     found = _load(config, fingerprint, len(jobs))
     assert found, f"{path} cannot be read back"
     return found
 
 
-def _write_slices(path: Path, config: Config, jobs, work, label: str) -> list:
+def _write_slices(path: Path, jobs, work, label: str) -> list[int | str]:
     """Write the slices of all jobs as one .npy file; returns each job's count or fault."""
-    table, bad = [], 0
+    table = []
     with open(path, "wb") as file:
         _write_header(file, 0)
         for result in _pooled(jobs, functools.partial(_attempt, work), label):
-            if isinstance(result, str):
-                bad += 1
-                _stop_if_too_many(config, jobs, table, result, bad)
-                table.append(result)
-            else:
+            if not isinstance(result, str):
                 file.write(result.tobytes())
-                table.append(len(result))
+            table.append(result if isinstance(result, str) else len(result))
         file.seek(0)
-        _write_header(file, sum(count for count in table if not isinstance(count, str)))
+        _write_header(file, sum(row for row in table if not isinstance(row, str)))
     return table
 
 
@@ -330,7 +330,7 @@ def _load(config: Config, fingerprint: str, jobs: int) -> tuple[np.ndarray, list
     """The cache of this fingerprint, or None if it is absent, truncated or foreign."""
     path = _cache_file(config, fingerprint)
     try:
-        meta = json.loads(path.with_suffix(".json").read_text())
+        meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         images = np.load(path, mmap_mode="r")
         table = meta["table"]
         count = sum(row for row in table if not isinstance(row, str))
@@ -345,14 +345,16 @@ def _cache_file(config: Config, fingerprint: str) -> Path:
     return Path(config.cache) / f"{fingerprint}.npy"
 
 
-def _write_json(path: Path, value):
-    with replacing(path) as temporary:
-        Path(temporary).write_text(json.dumps(value))
+def _prepare(path: Path):
+    """Make the cache folder and clear what a killed process left in it an hour ago or more.
 
-
-def _make_folder(path: Path):
+    Younger temporaries may belong to another run that fills the same cache now.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for stale in path.glob(".*.tmp*"):
+            if stale.stat().st_mtime < time.time() - 3600:
+                stale.unlink(missing_ok=True)
     except OSError as problem:
         raise UserError(
             Exit.WRITE, f"cannot make the cache {path}: {problem.strerror}"
@@ -361,7 +363,7 @@ def _make_folder(path: Path):
 
 def _pooled(jobs: list, work: Callable, label: str) -> Iterator:
     """Results in the order of the jobs, by threads a few ahead (decoders release the GIL)."""
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(4, os.cpu_count() or 1)  # each may hold a volume
 
     def results():
         with ThreadPoolExecutor(threads) as pool:
@@ -371,20 +373,26 @@ def _pooled(jobs: list, work: Callable, label: str) -> Iterator:
     return iter(progress(results(), total=len(jobs), label=label))
 
 
-def _check_skipped(config: Config, skipped: dict[str, str], total: int):
-    """Up to 1 % unreadable files are skipped; more, or any with --strict, end the run."""
-    if skipped and (config.strict or len(skipped) > 0.01 * total):
+def _check_skipped(config: Config, items: list[Item], table: list) -> dict[str, str]:
+    """Names and faults of unreadable files: up to 1 % are skipped, none with --strict."""
+    pairs = zip(items, table, strict=True)
+    skipped = {item.name: fault for item, fault in pairs if isinstance(fault, str)}
+    if skipped and (config.strict or len(skipped) > 0.01 * len(items)):
         name, reason = next(iter(skipped.items()))
         allowed = "--strict allows none" if config.strict else "1 % may be skipped"
         raise UserError(
             Exit.DATA,
-            f"{len(skipped):,} of {total:,} files cannot be read ({allowed}), such as {name}: "
-            f"{reason}; mend or remove them",
+            f"{len(skipped):,} of {len(items):,} files cannot be read ({allowed}), such as "
+            f"{printable(name)}: {reason}; mend or remove them",
         )
+    return skipped
 
 
-def _stop_if_too_many(config: Config, jobs: list, table: list, reason: str, bad: int):
-    """As soon as too many are unreadable, the rest need not be tried."""
-    names = [job.name for job, row in zip(jobs, table, strict=False) if isinstance(row, str)]
-    skipped = dict.fromkeys([*names, jobs[len(table)].name], reason)
-    _check_skipped(config, skipped, len(jobs))
+def _check_greys(config: Config, greys: set[int]):
+    """Segmentations whose names do not tell must not be learnt as images."""
+    if len(greys) <= 8:
+        raise UserError(
+            Exit.DATA,
+            f"--data {config.data}: at most 8 grey values in the whole source: these are "
+            f"segmentations, not brains; {LAYOUTS}",
+        )

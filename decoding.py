@@ -201,7 +201,7 @@ def window(voxels: np.ndarray) -> np.ndarray:
     """
     finite = np.isfinite(voxels)
     signal = voxels[finite & (voxels > 0)]
-    low, high = np.percentile(signal, (0.5, 99.5)) if signal.size else (0, 0)
+    low, high = np.percentile(signal, (0.5, 99.5)).tolist() if signal.size else (0, 0)
     if not high > low:
         raise Unreadable("a constant volume" if signal.size else "a volume without any signal")
     scaled = (np.where(finite, voxels, 0) - low) * (255 / (high - low))
@@ -285,4 +285,6 @@ def _check_gzip(path: Path):
 
 
 def _line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:120] or type(problem).__name__
+    """What an exception says, in one line that any file can hold."""
+    text = " ".join(str(problem).split())[:120] or type(problem).__name__
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -58,11 +58,11 @@ class UpsampleConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.upsampling == "bilinear":
-            up = F.interpolate(x, scale_factor=2, mode="bilinear")  # (B, in, 2H, 2W)
-            return F.conv2d(up, self.weight, padding=1)  # (B, out, 2H, 2W)
+            up = F.interpolate(x, scale_factor=2, mode="bilinear")        # (B, in, 2H, 2W)
+            return F.conv2d(up, self.weight, padding=1)                   # (B, out, 2H, 2W)
         folded = torch.einsum("irt,jsu,octu->oijcrs", self.taps, self.taps, self.weight)
-        parities = F.conv2d(x, folded.flatten(0, 2), padding=1)  # (B, out*4, H, W)
-        return F.pixel_shuffle(parities, 2)  # (B, out, 2H, 2W)
+        parities = F.conv2d(x, folded.flatten(0, 2), padding=1)           # (B, out*4, H, W)
+        return F.pixel_shuffle(parities, 2)                               # (B, out, 2H, 2W)
 
 
 def make_encoder(widths: tuple[int, int], blocks: int) -> nn.Sequential:
@@ -105,8 +105,26 @@ class Quantized(NamedTuple):
     commitment: Tensor  # () |z - sg(e)|^2, third term of eq. 3, not yet times beta
     counts: Tensor  # (K,) how often each code was used
     sums: Tensor  # (K, D) sum of the vectors z that chose it
-    vectors: Tensor  # (N, D) z, detached
+    inputs: Tensor  # (N, A) what z = W a + b is made of, detached
     errors: Tensor  # (N,) squared distance of each z to its code
+
+
+class StraightThrough(torch.autograd.Function):
+    """Code vectors forward; backward, the gradient goes to z = W a + b as if they were z.
+
+    van den Oord et al. 2017, section 3.2. z itself, D numbers a cell, is never made.
+    """
+
+    @staticmethod
+    def forward(ctx, a, weight, bias, codebook, indices):
+        ctx.save_for_backward(a, weight)
+        return F.embedding(indices, codebook)                             # (N, D)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, weight = (x.to(gradient.dtype) for x in ctx.saved_tensors)
+        through = (gradient @ weight, gradient.T @ a, gradient.sum(0))    # (N, A) (D, A) (D,)
+        return (*(x.float() for x in through), None, None)
 
 
 class Quantizer(nn.Module):
@@ -133,44 +151,63 @@ class Quantizer(nn.Module):
 
         |Wa+b-e|^2 = |Wa|^2 - 2 a.W'(e-b) + |e-b|^2, whose first term is the same for all
         codes: A multiplications per code in place of D. a (N, A), W (D, A), b (D,) -> (N,).
-        In pieces, so that the table of scores stays in the processor's cache.
+        On a CPU in pieces, so that the scores stay in the cache, and the background, which is
+        exactly 0 behind convolutions without bias, is searched once for all its cells.
         """
-        shifted = self.codebook - bias  # (K, D)
-        keys = (shifted @ weight).T.contiguous()  # (A, K)
-        offsets = shifted.square().sum(1) / -2  # (K,)
-        piece = 4096 if a.device.type == "cpu" else 1 << 18
-        best = [torch.addmm(offsets, part, keys).argmax(1) for part in a.split(piece)]
-        return torch.cat(best)  # (N,)
+        shifted = self.codebook - bias                                    # (K, D)
+        keys = torch.cat([weight.T @ shifted.T, shifted.square().sum(1)[None] / -2])
+        a = F.pad(a, (0, 1), value=1.0)                                   # (N, A + 1)
+        if a.device.type != "cpu":
+            return torch.cat([(part @ keys).argmax(1) for part in a.split(1 << 18)])
+        zero = torch.zeros_like(a[:1])
+        zero[:, -1] = 1.0
+        indices = (zero @ keys).argmax(1).repeat(len(a))                  # (N,)
+        inside = a[:, :-1].any(1).nonzero().flatten()
+        best = [(part @ keys).argmax(1) for part in a[inside].split(4096)]
+        indices[inside] = torch.cat(best) if best else inside
+        return indices
 
-    def forward(self, a: Tensor, projection: nn.Conv2d) -> Quantized:
-        """a (B, A, h, w) float32, the input of the 1x1 `projection` to D channels."""
+    def forward(self, a: Tensor, projection: nn.Conv2d, dtype=torch.float32) -> Quantized:
+        """a (B, A, h, w) float32, the input of the 1x1 `projection` to D channels z."""
         B, A, h, w = a.shape
-        weight = projection.weight.flatten(1)  # (D, A)
-        flat = a.permute(0, 2, 3, 1).reshape(-1, A)  # (N, A)
-        indices = self.search(flat.detach(), weight, projection.bias)  # (N,)
-        z = F.linear(flat, weight, projection.bias)  # (N, D)
-        e = F.embedding(indices, self.codebook)  # (N, D)
-        errors = (z - e.detach()).square().sum(1)  # (N,)
-        through = z + (e - z).detach()  # (N, D)
-        counts, sums = self.statistics(flat.detach(), indices, weight, projection.bias)
+        weight, bias = projection.weight.flatten(1), projection.bias      # (D, A), (D,)
+        flat = a.permute(0, 2, 3, 1).reshape(-1, A)                       # (N, A)
+        indices = self.search(flat.detach(), weight, bias)                # (N,)
+        counts, sums = self.statistics(flat.detach(), indices, weight, bias)
+        embedding = StraightThrough.apply(flat, weight, bias, self.codebook.to(dtype), indices)
+        errors = self.errors(flat, weight, bias, indices)                 # (N,)
         return Quantized(
-            embedding=through.view(B, h, w, -1).permute(0, 3, 1, 2),  # (B, D, h, w)
+            embedding=embedding.view(B, h, w, -1).permute(0, 3, 1, 2),    # (B, D, h, w)
             indices=indices.view(B, h, w),
-            codebook_loss=F.mse_loss(e, z.detach()),
-            commitment=errors.mean() / z.shape[1],
+            codebook_loss=self.codebook_loss(counts, sums, errors.detach()),
+            commitment=errors.mean() / len(weight),
             counts=counts,
             sums=sums,
-            vectors=z.detach(),
+            inputs=flat.detach(),
             errors=errors.detach(),
         )
+
+    def errors(self, a: Tensor, weight: Tensor, bias: Tensor, indices: Tensor) -> Tensor:
+        """|z - sg(e)|^2 per position (N,), from the A numbers a of z = W a + b."""
+        shifted = self.codebook.detach() - bias                           # (K, D)
+        keys = torch.cat([shifted @ weight * -2, shifted.square().sum(1)[:, None]], 1)
+        chosen = F.embedding(indices, keys)                               # (N, A + 1)
+        squares = (a @ (weight.T @ weight) + chosen[:, :-1]) * a          # (N, A)
+        return (squares.sum(1) + chosen[:, -1]).clamp_min(0)              # (N,)
+
+    def codebook_loss(self, counts: Tensor, sums: Tensor, errors: Tensor) -> Tensor:
+        """mean |sg(z) - e|^2, from what each code was chosen by; its gradient is e's alone."""
+        e, held = self.codebook, self.codebook.detach()
+        change = counts * (e.square() - held.square()).sum(1) - 2 * ((e - held) * sums).sum(1)
+        return (errors.sum() + change.sum()) / (len(errors) * e.shape[1])
 
     @torch.no_grad()
     def statistics(self, a, indices, weight, bias) -> tuple[Tensor, Tensor]:
         """Count (K,) and sum (K, D) of z per code; summed before the projection, A numbers."""
         K = len(self.codebook)
-        counts = torch.bincount(indices, minlength=K).to(a.dtype)  # (K,)
-        sums = a.new_zeros(K, a.shape[1]).index_add_(0, indices, a)  # (K, A)
-        return counts, sums @ weight.T + counts[:, None] * bias  # (K, D)
+        counts = torch.bincount(indices, minlength=K).to(a.dtype)         # (K,)
+        sums = a.new_zeros(K, a.shape[1]).index_add_(0, indices, a)       # (K, A)
+        return counts, sums @ weight.T + counts[:, None] * bias           # (K, D)
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, decay: float):
@@ -188,7 +225,10 @@ class Quantizer(nn.Module):
         self.sum[codes] = vectors
 
     @torch.no_grad()
-    def revive(self, quantized: Quantized, below: float, generator: torch.Generator) -> int:
+    def revive(
+        self, quantized: Quantized, projection: nn.Conv2d, below: float,
+        generator: torch.Generator,
+    ) -> int:
         """Move codes used less than `below` times a step to vectors that are coded badly.
 
         Vectors are drawn with probability proportional to their squared error, as k-means++
@@ -199,9 +239,14 @@ class Quantizer(nn.Module):
             return 0
         dead = dead[: int((quantized.errors > 0).sum())]
         errors = quantized.errors.cpu()
-        chosen = torch.multinomial(errors, len(dead), generator=generator)
-        self.replace(dead, quantized.vectors[chosen.to(dead.device)])
+        chosen = torch.multinomial(errors, len(dead), generator=generator).to(dead.device)
+        self.replace(dead, project(quantized.inputs[chosen], projection))
         return len(dead)
+
+
+def project(a: Tensor, projection: nn.Conv2d) -> Tensor:
+    """The 1x1 convolution on a list of cells: (N, A) -> z (N, D)."""
+    return F.linear(a, projection.weight.flatten(1), projection.bias)
 
 
 class VQVAE(nn.Module):
@@ -225,15 +270,15 @@ class VQVAE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """Images (B, 1, H, W) -> reconstructions (B, 1, H, W), not clipped, and the codes."""
-        a = self.encoder(x.contiguous(memory_format=torch.channels_last))  # (B, A, h, w)
+        a = self.encoder(x.contiguous(memory_format=torch.channels_last)) # (B, A, h, w)
         with torch.autocast(x.device.type, enabled=False):  # codes differ by little: float32
-            quantized = self.quantizer(a.float(), self.pre_vq)
-        return self.decoder(quantized.embedding), quantized  # (B, 1, H, W)
+            quantized = self.quantizer(a.float(), self.pre_vq, a.dtype)
+        return self.decoder(quantized.embedding), quantized               # (B, 1, H, W)
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) -> index maps (B, h, w) int64."""
-        a = self.encoder(x.contiguous(memory_format=torch.channels_last))  # (B, A, h, w)
-        flat = a.float().permute(0, 2, 3, 1).flatten(0, 2)  # (N, A)
+        a = self.encoder(x.contiguous(memory_format=torch.channels_last)) # (B, A, h, w)
+        flat = a.float().permute(0, 2, 3, 1).flatten(0, 2)                # (N, A)
         if not torch.isfinite(flat).all():  # the argmin of NaN would be code 0, a fine picture
             raise FloatingPointError("the encoder's output is not finite")
         weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
@@ -241,7 +286,7 @@ class VQVAE(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1]."""
-        embedding = F.embedding(indices, self.quantizer.codebook)  # (B, h, w, D)
+        embedding = F.embedding(indices, self.quantizer.codebook)         # (B, h, w, D)
         return self.decoder(embedding.permute(0, 3, 1, 2)).float().clamp(0, 1)
 
 
@@ -280,12 +325,12 @@ class CodeMap(nn.Module):
         rank = torch.full((codes,), -1)
         rank[used] = torch.arange(len(used))
         self.register_buffer("used", used)
-        self.register_buffer("rank", rank)  # (K,), -1: never used
+        self.register_buffer("rank", rank)                                # (K,), -1: never used
 
     @classmethod
     def fit(cls, codebook: Tensor, counts: Tensor, order: str) -> "CodeMap":
         """From the codebook (K, D) and the training split's code histogram (K,)."""
-        used = counts.nonzero().flatten()  # (U,)
+        used = counts.nonzero().flatten()                                 # (U,)
         if order == "pc1":
             position = principal_coordinates(codebook[used], counts[used], 1)[:, 0]
             used = used[position.argsort(stable=True)]
@@ -296,11 +341,11 @@ class CodeMap(nn.Module):
 
         Raises ValueError for a code that the training split never used.
         """
-        ranks = self.rank[indices]  # (B, h, w)
+        ranks = self.rank[indices]                                        # (B, h, w)
         if (ranks < 0).any():
             raise ValueError("an index map holds a code that the code map has not seen")
-        u = (ranks + 0.5) * (2 / len(self.used)) - 1  # (B, h, w)
-        return u[:, None].expand(-1, channels, -1, -1)  # (B, C, h, w)
+        u = (ranks + 0.5) * (2 / len(self.used)) - 1                      # (B, h, w)
+        return u[:, None].expand(-1, channels, -1, -1)                    # (B, C, h, w)
 
     def decode(self, u: Tensor, stretch: bool = False) -> Tensor:
         """(B, C, h, w) in [-1, 1] -> index maps (B, h, w): even binning over the used codes.
@@ -310,13 +355,13 @@ class CodeMap(nn.Module):
         """
         if not torch.isfinite(u).all():
             raise FloatingPointError("the generator's output is not finite")
-        u = u.float().mean(1)  # (B, h, w)
+        u = u.float().mean(1)                                             # (B, h, w)
         if stretch:
-            low, high = u.amin((1, 2), True), u.amax((1, 2), True)  # (B, 1, 1)
+            low, high = u.amin((1, 2), True), u.amax((1, 2), True)        # (B, 1, 1)
             u = (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
         U = len(self.used)
         ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)  # +1: the last bin
-        return self.used[ranks]  # (B, h, w)
+        return self.used[ranks]                                           # (B, h, w)
 
 
 def principal_coordinates(codebook: Tensor, counts: Tensor, components: int) -> Tensor:
@@ -325,12 +370,12 @@ def principal_coordinates(codebook: Tensor, counts: Tensor, components: int) -> 
     The sign of each component is fixed by its largest loading, so that equal inputs give
     equal orders.
     """
-    weight = (counts / counts.sum()).double()[:, None]  # (U, 1)
-    centred = codebook.double() - (weight * codebook.double()).sum(0)  # (U, D)
+    weight = (counts.double() / counts.sum())[:, None]                    # (U, 1)
+    centred = codebook.double() - (weight * codebook.double()).sum(0)     # (U, D)
     _, axes = torch.linalg.eigh(centred.T @ (weight * centred))  # ascending
-    axes = axes.flip(1)[:, :components]  # (D, components)
-    signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # (1, components)
-    return centred @ (axes * signs)  # (U, components)
+    axes = axes.flip(1)[:, :components]                                   # (D, components)
+    signs = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()     # (1, components)
+    return centred @ (axes * signs)                                       # (U, components)
 
 
 # --- DCGAN --------------------------------------------------------------------------------
@@ -345,7 +390,7 @@ def level_features(level: Tensor) -> Tensor:
     """
     angles = level[:, None] * math.pi * torch.tensor([0.5, 1, 2, 4], device=level.device)
     features = torch.cat([torch.ones_like(level)[:, None], angles.cos(), angles.sin()], 1)
-    return features.nan_to_num(0.0) * level.isfinite()[:, None]  # (B, L)
+    return features.nan_to_num(0.0) * level.isfinite()[:, None]           # (B, L)
 
 
 class PixelNorm(nn.Module):
@@ -386,8 +431,8 @@ class Generator(nn.Module):
     def forward(self, noise: Tensor, level: Tensor) -> Tensor:
         """noise (B, Z), level (B,) in [0,1] or NaN -> (B, C, 64, 64) in [-1, 1]."""
         if self.conditional:
-            noise = torch.cat([noise, level_features(level)], 1)  # (B, Z + L)
-        return self.layers(noise[:, :, None, None])  # (B, C, 64, 64)
+            noise = torch.cat([noise, level_features(level)], 1)          # (B, Z + L)
+        return self.layers(noise[:, :, None, None])                       # (B, C, 64, 64)
 
 
 class Discriminator(nn.Module):
@@ -414,7 +459,7 @@ class Discriminator(nn.Module):
         """u (B, C, 64, 64), level (B,) -> logits (B,)."""
         scores = self.layers(u.contiguous(memory_format=torch.channels_last)).flatten(1)
         if not self.conditional:
-            return scores[:, 0]  # (B,)
+            return scores[:, 0]                                           # (B,)
         return scores[:, 0] + (scores[:, 1:] * level_features(level)).sum(1)
 
 
@@ -526,11 +571,11 @@ def draw(
     for z, where in zip(noise.split(DRAW_BATCH), level.split(DRAW_BATCH), strict=True):
         n = len(z)
         z = F.pad(z, (0, 0, 0, DRAW_BATCH - n)).to(code_map.used.device)  # (32, Z)
-        where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)  # (32,)
-        indices = code_map.decode(generator(z, where), stretch)  # (32, h, w)
+        where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)            # (32,)
+        indices = code_map.decode(generator(z, where), stretch)           # (32, h, w)
         maps.append(indices[:n].cpu())
         if decode:
-            images.append(vqvae.decode(indices)[:n].cpu())  # (n, 1, H, W)
+            images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)
     return torch.cat(maps), torch.cat(images) if decode else None
 
 

@@ -335,6 +335,7 @@ def save_figures(run: TrainedRun, data: Data, rows: list[dict]):
     test = data.test.batch(np.linspace(0, len(data.test) - 1, 18).astype(int))
     maps, outputs = run.reconstruct(test)
     new_maps, new = run.sample(18)
+    real, back, drawn = (x[:, 0].numpy() for x in (test, outputs, new))  # (18, 256, 256)
     bank = data.train.batch(np.arange(len(data.train)))
     distances, nearest = metrics.nearest(new[:16], bank, k=1)
     similarity = metrics.ssim(test[:8], outputs[:8]).tolist()
@@ -344,19 +345,19 @@ def save_figures(run: TrainedRun, data: Data, rows: list[dict]):
         "curves_vqvae": lambda: figures.curves(rows, "vqvae", stamp),
         "curves_dcgan": lambda: figures.curves(rows, "dcgan", stamp),
         "reconstructions": lambda: figures.reconstructions(
-            test[:8, 0], run.ranks(maps[:8]), outputs[:8, 0], similarity, used, stamp
+            real[:8], run.ranks(maps[:8]), back[:8], similarity, used, stamp
         ),
         "code_histogram": lambda: figures.code_histogram(
             counts, perplexity, run.config.codes, stamp
         ),
         "generated": lambda: figures.generated(
-            run.ranks(new_maps[:16]), new[:16, 0], used, stamp=stamp
+            run.ranks(new_maps[:16]), drawn[:16], used, stamp=stamp
         ),
         "nearest_training": lambda: figures.nearest(
-            new[:16, 0], bank[nearest[:, 0], 0], distances[:, 0].tolist(), stamp=stamp
+            drawn[:16], bank[nearest[:, 0], 0].numpy(), distances[:, 0].tolist(), stamp=stamp
         ),
         "real_beside_generated": lambda: figures.real_beside_generated(
-            test[::2, 0], outputs[::2, 0], new[:9, 0], stamp
+            real[::2], back[::2], drawn[:9], stamp
         ),
     }
     for name, make in drawings.items():
@@ -399,7 +400,7 @@ def reconstruct_command(run: TrainedRun, arguments):
     runtime.save_figure(
         folder / "comparison.png",
         lambda: figures.reconstructions(
-            images[shown, 0], run.ranks(maps[shown]), outputs[shown, 0],
+            images[shown, 0].numpy(), run.ranks(maps[shown]), outputs[shown, 0].numpy(),
             similarity[shown].tolist(), len(run.code_map.used), run.stamp,
         ),
     )  # fmt: skip

@@ -1,10 +1,11 @@
 """What lies below a folder: which files are slices, whose they are, and in which split.
 
 In: a folder as users have it. Out: `Item`s in natural order, each with its subject and split,
-and the beginning of a report. Looks at names alone, never at pixels. Stops (exit 3) where a person
-would be in two splits, or where nobody can tell.
+and the beginning of a report. Looks at names alone, never at pixels. Stops (exit 3) where a
+person would be in two splits, or where nobody can tell.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from decoding import IMAGES, VOLUMES
 
 PARTS = ("train", "validation", "test")
 SLICE_KEY = "slice:"  # begins the stand-in for a subject that is unknown
+_NUMBER = re.compile(r"(\d+)")
 LAYOUTS = """accepted are folders that hold, at any depth,
   PNG or JPEG slices whose path names the subject (case_001_slice_0.nii.png, OAS1_0001_...,
     sub-01_..., or one folder per subject), with or without train/validate/test folders;
@@ -31,10 +33,14 @@ Segmentations do not count. Without --data the embedded set is used."""
 class Item:
     """One file that holds an image or a volume, and what its path says."""
 
-    path: Path
+    root: str
     name: str  # relative to the root, with slashes
     subject: str | None = None
     part: str | None = None  # from a folder named train, validate, test ...
+
+    @property
+    def path(self) -> Path:
+        return Path(self.root, self.name)
 
     @property
     def is_volume(self) -> bool:
@@ -42,18 +48,24 @@ class Item:
 
     @property
     def series(self) -> str:
-        """What the slices of one scan share: the volume, or the path without its last number."""
+        """What the slices of a scan share: the volume, or the path without its last number."""
         if self.is_volume or self.subject.startswith(SLICE_KEY):
             return self.name
-        return re.sub(r"\d+(?=\D*$)", "", self.name)
+        parts = _NUMBER.split(self.name)  # texts and numbers in turn
+        return "".join(parts[:-2] + parts[-1:])
 
     @property
-    def files(self) -> list[Path]:
+    def files(self) -> list[str]:
         """The file, and the pixels beside it where a header (.hdr) has its own file."""
-        if self.path.suffix.lower() != ".hdr":
-            return [self.path]
-        suffix = ".IMG" if self.path.suffix.isupper() else ".img"
-        return [self.path, self.path.with_suffix(suffix)]
+        path = os.path.join(self.root, self.name)
+        if not path.lower().endswith(".hdr"):
+            return [path]
+        return [path, path[:-4] + (".IMG" if path.endswith(".HDR") else ".img")]
+
+
+def printable(name: str | Path) -> str:
+    """A path that any log can hold: bytes that are not UTF-8 become '?'."""
+    return str(name).encode("utf-8", "replace").decode("utf-8")
 
 
 def stable_hash(*parts) -> str:
@@ -83,21 +95,22 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
     """Images or volumes below `root` in natural order, and the beginning of the report."""
     if not root.is_dir():
         problem = "is a file, not a folder" if root.exists() else "does not exist"
-        raise UserError(Exit.DATA, f"--data {root} {problem}; {LAYOUTS}")
+        raise UserError(Exit.DATA, f"--data {printable(root)} {problem}; {LAYOUTS}")
     ignored, sessions = Counter(), set()
     names = sorted(_walk(root, ignored, sessions), key=_natural)
     names, kind = _choose(names, ignored)
     if not names:
         there = ", ".join(f"{n:,} {kind}" for kind, n in ignored.items()) or "nothing"
         raise UserError(Exit.DATA, f"no slices in --data {root} (it holds {there}); {LAYOUTS}")
-    items = [Item(root / name, name, part=_part(name)) for name in names]
+    items = [Item(str(root), name, part=_part(name.rpartition("/")[0])) for name in names]
     if subjects:
         assign_subjects(items, config)
     notes = []
     if kind.startswith("OASIS-1"):
         found = {match.group().upper() for match in map(_SESSION.search, names) if match}
         notes.append(f"found {len(found)} of {len(sessions | found)} sessions")
-    report = {"source": kind, "root": str(root), "ignored": dict(ignored), "notes": notes}
+    ignored = {printable(what): count for what, count in ignored.items()}
+    report = {"source": kind, "root": printable(root), "ignored": ignored, "notes": notes}
     return items, report
 
 
@@ -116,7 +129,7 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
             segmentation = is_segmentation or bool(_SEGMENTATION.search(entry.name))
             if _JUNK.match(entry.name):
                 ignored["system files"] += 1
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 folders.append((name, segmentation))
                 sessions.update(match.upper() for match in _SESSION.findall(entry.name))
             elif not entry.name.lower().endswith(IMAGES + VOLUMES):
@@ -126,6 +139,13 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
                 ignored["segmentations"] += 1
             else:
                 yield name
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _entries(folder: Path, ignored: Counter) -> list[os.DirEntry]:
@@ -163,7 +183,7 @@ def _first_runs(names: list[str]) -> list[str]:
 
 def _natural(name: str) -> list:
     """slice_2 before slice_10."""
-    return [int(t) if i % 2 else t for i, t in enumerate(re.split(r"(\d+)", name))]
+    return [int(t) if i % 2 else t for i, t in enumerate(_NUMBER.split(name))]
 
 
 # --- subjects and splits ------------------------------------------------------------------
@@ -178,9 +198,10 @@ _PART = re.compile(
 )
 
 
-def _part(name: str) -> str | None:
+@functools.cache
+def _part(folders: str) -> str | None:
     """The split that a folder of the path is named after."""
-    for folder in name.split("/")[:-1]:
+    for folder in folders.split("/"):
         if match := _PART.search(folder):
             return PARTS[match.lastindex - 1]
     return None
@@ -197,14 +218,13 @@ def assign_subjects(items: list[Item], config: Config):
             break
     else:
         if not config.allow_slice_split:
-            lost = next(
-                (item for item, key in zip(items, keys, strict=True) if not key), items[0]
-            )
+            pairs = zip(items, keys, strict=True)
+            lost = next((item for item, key in pairs if not key), items[0])
             raise UserError(
                 Exit.DATA,
-                f"cannot tell the subject of {lost.name}: give --subject-pattern, a regular "
-                r"expression with one group such as '(patient\d+)', or --allow-slice-split, "
-                "which inflates every score",
+                f"cannot tell the subject of {printable(lost.name)}: give --subject-pattern, a "
+                r"regular expression with one group such as '(patient\d+)', or "
+                "--allow-slice-split, which inflates every score",
             )
         keys = [f"{SLICE_KEY}{item.name}" for item in items]
     for item, key in zip(items, keys, strict=True):
@@ -235,14 +255,16 @@ def _pattern_key(config: Config) -> Callable[[Item], str | None]:
 
 def _known_key(item: Item) -> str | None:
     match = _SUBJECT.search(item.name)
-    return match[match.lastindex].upper() if match and match[1] else match and match[0].lower()
+    if not match:
+        return None
+    return match[1].upper() if match[1] else match[0].lower()
 
 
 def _folder_key(item: Item) -> str | None:
     """The folder, if it looks like a person (has a digit) and not like a class or a disc."""
     folder = item.name.rpartition("/")[0].rpartition("/")[2]
     grouping = re.match(
-        r"(class|stage|grade|fold|group|batch|part|disc|site|set)\W*\d", folder, re.I
+        r"(class|stage|grade|fold|group|batch|part|disc|site|set)[\W_]*\d", folder, re.I
     )
     return folder if re.search(r"\d", folder) and not grouping else None
 
@@ -313,8 +335,8 @@ def _check_overlap(items: list[Item]):
         raise UserError(
             Exit.DATA,
             f"{len(shared)} subject(s) in more than one split: {shown}"
-            f"{' ...' if len(shared) > 5 else ''}; keep each in one folder, or rename the split "
-            "folders and let the subjects be split anew",
+            f"{' ...' if len(shared) > 5 else ''}; keep each in one folder, or rename the "
+            "folders, and the subjects are split anew",
         )
 
 

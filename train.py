@@ -44,8 +44,8 @@ COLUMNS = (
 
 ROWS = 40  # rows of log.csv per stage
 CHECKPOINT_EVERY_S = 60
-REVIVE_EVERY = 100  # steps between two looks for unused codes, in the first 70 % of training
-REVIVE_BELOW = 0.1  # uses per step, on average, under which a code counts as unused
+REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
+REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
 # What a random number is for: with seed and position it makes its generator.
 WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR = range(8)
@@ -241,7 +241,7 @@ def vqvae_step(model, optimizer, images, variance, run, step, steps) -> dict[str
         model.quantizer.update(quantized.counts, quantized.sums, config.codebook_decay)
         if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.7 * steps:
             draw = generator_of(run.seed, REVIVE, step)
-            revived = model.quantizer.revive(quantized, REVIVE_BELOW, draw)
+            revived = model.quantizer.revive(quantized, model.pre_vq, REVIVE_BELOW, draw)
     return {
         "loss": loss, "reconstruction": reconstruction, "commitment": quantized.commitment,
         "revived": torch.tensor(float(revived)),
@@ -271,7 +271,8 @@ def start_codebook(model: VQVAE, train: BrainSlices, run: Run):
     """Codes start as encoder outputs, spread by k-means++ (Arthur and Vassilvitskii 2007)."""
     rows = order_of(run.seed, START, len(train), 0, min(64, len(train)))
     _, quantized = model(train.batch(rows).to(run.device))
-    vectors = quantized.vectors.cpu().unique(dim=0)  # background is one vector, many times
+    vectors = modules.project(quantized.inputs, model.pre_vq).cpu()
+    vectors = vectors.unique(dim=0)  # background is one vector, many times
     codes = len(model.quantizer.codebook)
     draw = generator_of(run.seed, START)
     vectors = vectors[torch.randperm(len(vectors), generator=draw)[: 32 * codes]]
@@ -317,15 +318,15 @@ def extract_codes(run: Run):
     if codes_are_current(run, weights):
         return
     model = trained_vqvae(run)
-    every = BrainSlices(run.data.images, np.arange(len(run.data.images)))
+    pixels = run.data.images  # (slices, 256, 256)
     with runtime.replacing(run.path("codes.npy")) as temporary:
-        first = encode_slices(model, every.batch([0]), run.device)
-        shape = (len(every), *first.shape[1:])
+        first = encode_slices(model, pixels[:1], run.device)
+        shape = (len(pixels), *first.shape[1:])
         maps = np.lib.format.open_memmap(temporary, "w+", np.uint16, shape)
-        starts = range(0, len(every), 64)
+        starts = range(0, len(pixels), 64)
         for start in runtime.progress(starts, total=len(starts), label="index maps"):
-            rows = np.arange(start, min(start + 64, len(every)))
-            maps[rows] = encode_slices(model, every.batch(rows), run.device)
+            part = slice(start, start + 64)
+            maps[part] = encode_slices(model, pixels[part], run.device)
             run.signals.check(lambda: None)
         maps.flush()
         counts = {
@@ -362,8 +363,9 @@ def splits(run: Run) -> list[tuple[str, BrainSlices]]:
 
 
 @torch.no_grad()
-def encode_slices(model: VQVAE, images: Tensor, device: torch.device) -> np.ndarray:
-    """Images (B, 1, 256, 256) -> index maps (B, 64, 64) uint16."""
+def encode_slices(model: VQVAE, pixels: np.ndarray, device: torch.device) -> np.ndarray:
+    """Slices (B, 256, 256) uint8 -> index maps (B, 64, 64) uint16."""
+    images = torch.from_numpy(pixels.astype(np.float32) / 255)[:, None]  # (B, 1, 256, 256)
     return model.encode(images.to(device)).cpu().numpy().astype(np.uint16)
 
 

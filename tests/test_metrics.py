@@ -1,0 +1,571 @@
+"""What each measure promises: closed forms, independent implementations, negative controls."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+import pytorch_msssim
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import sqrtm
+from torchmetrics.functional import image as reference
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+import metrics
+
+few = settings(max_examples=15, deadline=None)
+seeds = st.integers(0, 10_000)
+
+
+def blobs(n, seed=0, side=176):
+    """Ellipses of random shape and texture on black: (n,1,side,side), cheap stand-ins."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:side, :side] / side - 0.5
+    out = np.empty((n, 1, side, side), np.float32)
+    for image in out[:, 0]:
+        a, b = rng.uniform(0.25, 0.42, 2)
+        texture = cv2.resize(rng.random((16, 16)), (side, side), interpolation=cv2.INTER_CUBIC)
+        inside = (rows / a) ** 2 + (columns / b) ** 2 < 1
+        image[:] = np.clip(0.2 + 0.7 * texture, 0, 1) * inside
+    return torch.from_numpy(out)
+
+
+def noisy(x, sd, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (x + sd * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+
+def blurred(x, sigma):
+    return torch.from_numpy(
+        np.stack([cv2.GaussianBlur(i, (0, 0), sigma) for i in x[:, 0].numpy()])
+    )[:, None].clamp(0, 1)
+
+
+def normal(n, f, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, f))
+
+
+# --- image against image ------------------------------------------------------------------
+
+
+def by_definition(x, y):
+    """Mean SSIM and mean contrast-structure of two (H,W) arrays, window by window, float64."""
+    g = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
+    window = np.outer(g, g) / g.sum() ** 2
+
+    def mean(a):
+        views = np.lib.stride_tricks.sliding_window_view(a, (11, 11))
+        return np.einsum("ijkl,kl->ij", views, window)
+
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    mx, my = mean(x), mean(y)
+    covariance = mean(x * y) - mx * my
+    contrast = (2 * covariance + 0.0009) / (mean(x * x) - mx**2 + mean(y * y) - my**2 + 0.0009)
+    luminance = (2 * mx * my + 0.0001) / (mx**2 + my**2 + 0.0001)
+    return (luminance * contrast).mean(), contrast.mean()
+
+
+@pytest.mark.parametrize("sd", [0.01, 0.1, 0.5])
+def test_ssim_and_psnr_agree_with_independent_implementations(sd):
+    x = blobs(4)
+    y = noisy(x, sd)
+    got = metrics.ssim(x, y)
+    wanted = pytorch_msssim.ssim(x, y, data_range=1.0, size_average=False)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    wanted = [by_definition(a[0], b[0])[0] for a, b in zip(x.numpy(), y.numpy(), strict=True)]
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    # torchmetrics also counts windows that reach over the border, into a reflection: cut off.
+    _, full = reference.structural_similarity_index_measure(
+        x, y, data_range=1.0, reduction="none", return_full_image=True
+    )
+    torch.testing.assert_close(got, full[..., 5:-5, 5:-5].mean((1, 2, 3)), atol=1e-4, rtol=0)
+    wanted = reference.peak_signal_noise_ratio(
+        x, y, data_range=1.0, reduction="none", dim=(1, 2, 3)
+    )
+    torch.testing.assert_close(metrics.psnr(x, y), wanted, atol=1e-4, rtol=0)
+
+
+def test_ms_ssim_agrees_with_pytorch_msssim_and_with_its_definition():
+    x = blobs(2)
+    y = noisy(x, 0.1)
+    got = metrics.ms_ssim(x, y)
+    wanted = pytorch_msssim.ms_ssim(x, y, data_range=1.0, size_average=False)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=0)
+    for a, b, value in zip(x[:, 0].numpy(), y[:, 0].numpy(), got, strict=True):
+        product = 1.0
+        for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+            whole, contrast = by_definition(a, b)
+            product *= (whole if scale == 4 else contrast) ** weight
+            a, b = (i.reshape(len(i) // 2, 2, -1, 2).mean((1, 3)) if scale < 4 else i
+                    for i in (a, b))  # fmt: skip
+        assert value.item() == pytest.approx(product, abs=1e-4)
+
+
+def test_ssim_of_unrelated_noise_with_negative_contrast_agrees_too():
+    x = torch.rand(2, 1, 176, 176, generator=torch.Generator().manual_seed(0))
+    wanted = pytorch_msssim.ms_ssim(x, 1 - x, data_range=1.0, size_average=False)
+    torch.testing.assert_close(metrics.ms_ssim(x, 1 - x), wanted)
+    assert metrics.ssim(x, 1 - x).max() < -0.5
+
+
+def test_gradient_of_ssim_core_is_that_of_pytorch_msssim():
+    x, y = (t.requires_grad_() for t in (blobs(2, 1, 40), noisy(blobs(2, 1, 40), 0.1)))
+    ours = torch.autograd.grad(metrics.ssim_core(x, y).sum(), (x, y))
+    theirs = torch.autograd.grad(
+        pytorch_msssim.ssim(x, y, 1.0, size_average=False).sum(), (x, y)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
+
+
+def test_ssim_core_keeps_float32_under_autocast():
+    x, y = blobs(2), noisy(blobs(2), 0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(metrics.ssim_core(x, y), metrics.ssim_core(x.float(), y))
+
+
+@few
+@given(seeds, st.floats(0.005, 0.1))
+def test_ssim_is_symmetric_one_for_copies_and_falls_with_noise(seed, sd):
+    x = blobs(2, seed, 64)
+    y, worse = noisy(x, sd, seed), noisy(x, 3 * sd, seed)
+    torch.testing.assert_close(metrics.ssim(x, y), metrics.ssim(y, x))
+    torch.testing.assert_close(metrics.ssim(x, x), torch.ones(2))
+    assert (metrics.ssim(x, worse) < metrics.ssim(x, y)).all()
+    assert (metrics.psnr(x, worse) < metrics.psnr(x, y)).all()
+    assert (metrics.ssim_in_brain(x, worse) < metrics.ssim_in_brain(x, y)).all()
+
+
+def test_psnr_by_hand():
+    x = torch.zeros(1, 1, 16, 16)
+    assert metrics.psnr(x, x + 0.1).item() == pytest.approx(20, abs=1e-4)
+    assert metrics.psnr(x, x).item() == 100  # finite, so that means stay finite
+
+
+def test_inside_the_brain_the_background_does_not_flatter():
+    x = torch.zeros(2, 1, 176, 176)
+    x[:, :, 60:110, 60:110] = blobs(2, 3, 50) * 0.5 + 0.3
+    y = torch.where(x > 0, 0.9 - x, x)  # an unrelated brain of the same outline
+    assert (metrics.ssim(x, y) > 0.7).all() and (metrics.ssim_in_brain(x, y) < 0.3).all()
+    inside = ((x - y)[:, :, 60:110, 60:110] ** 2).mean((1, 2, 3))
+    torch.testing.assert_close(metrics.psnr_in_brain(x, y), -10 * inside.log10())
+
+
+def test_brain_mask_fills_holes_and_box_bounds_it():
+    x = torch.zeros(2, 1, 64, 64)
+    x[0, 0, 10:30, 20:50] = 0.5
+    x[0, 0, 15:20, 30:40] = 0  # a ventricle
+    assert metrics.brain_box(x).tolist() == [[10, 20, 30, 50], [0, 0, 64, 64]]
+    assert (
+        metrics.brain_mask(x)[0, 10:30, 20:50].all() and metrics.brain_mask(x)[0].sum() == 600
+    )
+    y = noisy(x, 0.1)  # without a brain, the whole frame counts
+    torch.testing.assert_close(metrics.ssim_in_brain(x, y)[1], metrics.ssim(x, y)[1])
+
+
+WRONG = {
+    "uint8": (lambda x: (x * 255).byte(), "divide by 255"),
+    "float64": (lambda x: x.double(), "float32"),
+    "[-1,1]": (lambda x: x * 2 - 1, "outside"),
+    "0 to 255": (lambda x: x * 255, "outside"),
+    "NaN": (lambda x: torch.where(x > 0.5, torch.nan, x), "NaN"),
+    "infinity": (lambda x: torch.where(x > 0.5, torch.inf, x), "infinity"),
+    "rank": (lambda x: x[0], "shape"),
+    "three channels": (lambda x: x.expand(-1, 3, -1, -1), "shape"),
+    "empty": (lambda x: x[:0], "shape"),
+    "array": (lambda x: x.numpy(), "tensor"),
+}
+PAIRWISE = (metrics.ssim, metrics.ms_ssim, metrics.psnr, metrics.ssim_in_brain)
+ALONE = (metrics.radial_spectrum, metrics.ms_ssim_of_pairs, metrics.brain_box)
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrappers_refuse_what_would_score_wrongly(wrong):
+    x = blobs(2)
+    spoil, message = WRONG[wrong]
+    for measure in PAIRWISE:
+        for pair in ((x, spoil(x)), (spoil(x), x)):
+            with pytest.raises(ValueError, match=message):
+                measure(*pair)
+    for measure in (*ALONE, metrics.RandomFeatures().features):
+        with pytest.raises(ValueError, match=message):
+            measure(spoil(x))
+
+
+def test_wrappers_refuse_unequal_and_too_small_images():
+    x = blobs(2)
+    for other in (x[:1], x[..., :100], x.mT[..., :170, :]):
+        with pytest.raises(ValueError, match="differ in shape"):
+            metrics.ssim(x, other)
+    with pytest.raises(ValueError, match="at least 161"):
+        metrics.ms_ssim(x[..., :160], x[..., :160])
+    with pytest.raises(ValueError, match="differ in shape"):
+        metrics.seed_score(x[:1, :, :100, :100], x)
+
+
+# --- features -----------------------------------------------------------------------------
+
+
+def test_random_features_are_the_same_for_a_seed_whatever_the_global_seed():
+    x = blobs(5, side=64)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = metrics.RandomFeatures(0)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    second = metrics.RandomFeatures(0)
+    assert torch.equal(first.features(x), second.features(x))
+    assert first.features(x).shape == (5, first.size)
+    assert not torch.equal(first.features(x), metrics.RandomFeatures(1).features(x))
+    # Filters sum to 0: a flat image has no structure (all are unpadded).
+    assert first.features(torch.full((1, 1, 64, 64), 0.5)).abs().max() < 1e-5
+
+
+def test_high_pass_takes_away_the_local_mean():
+    x = torch.rand(2, 1, 20, 30)
+    wanted = x - torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
+    torch.testing.assert_close(metrics.high_pass(x), wanted, atol=1e-6, rtol=0)
+
+
+def test_fine_features_see_grain_and_blur_that_coarse_ones_hardly_see():
+    real, network, ratios = blobs(96, 0, 96), metrics.RandomFeatures(), {}
+    sets = (real, blobs(96, 1, 96), noisy(real, 0.05), blurred(real, 1.5))
+    for name in ("features", "fine_features"):
+        a, other, *damaged = (getattr(network, name)(x) for x in sets)
+        floor = metrics.frechet_distance(a, other)
+        ratios[name] = np.array([metrics.frechet_distance(a, b) for b in damaged]) / floor
+    assert (ratios["fine_features"] > 4).all()
+    assert (ratios["fine_features"] > 5 * ratios["features"]).all()
+
+
+# --- Frechet distance, KID, PRDC ----------------------------------------------------------
+
+
+def test_frechet_distance_matches_the_closed_form_for_gaussians():
+    # N(0, diag s^2) and N(m, diag t^2): |m|^2 + sum (s - t)^2. The samples are whitened first,
+    # so that their means and covariances are exact and only rounding is left.
+    def exact(n, seed):
+        z = normal(n, 6, seed)
+        z = z - z.mean(0)
+        return z @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T))).T
+
+    s, t, m = np.array([1, 2, 3, 0.1, 1, 5]), np.array([2, 2, 1, 0.4, 1, 3]), np.arange(6) / 3
+    got = metrics.frechet_distance(exact(50, 0) * s, exact(80, 1) * t + m)
+    assert got == pytest.approx(np.square(m).sum() + np.square(s - t).sum(), rel=1e-9)
+
+
+@few
+@given(seeds, st.integers(3, 40), st.integers(1, 20))
+def test_frechet_distance_is_that_of_scipy_symmetric_and_zero_for_itself(seed, n, f):
+    a, b = normal(n, f, seed), normal(n + 3, f, seed + 1) * 2 + 1
+    root = sqrtm(np.cov(a.T).reshape(f, f) @ np.cov(b.T).reshape(f, f)).real
+    wanted = np.square(a.mean(0) - b.mean(0)).sum() + np.cov(a.T).reshape(f, f).trace()
+    wanted += np.cov(b.T).reshape(f, f).trace() - 2 * root.trace()
+    assert metrics.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-4)
+    assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a))
+    assert metrics.frechet_distance(a, a) < 1e-9
+
+
+class Flat(torch.nn.Module):
+    """Images to features as they are, so that torchmetrics sees the same features."""
+
+    num_features = 12
+
+    def forward(self, x):
+        return x.flatten(1).float()
+
+
+def test_frechet_distance_and_kid_agree_with_torchmetrics():
+    a, b = (torch.rand(60, 3, 2, 2, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    b = b**2
+    fid = FrechetInceptionDistance(Flat(), normalize=False, input_img_size=(3, 2, 2))
+    kid = KernelInceptionDistance(Flat(), subsets=1, subset_size=60)
+    for measure in (fid, kid):
+        measure.update(a, real=True)
+        measure.update(b, real=False)
+    ours = metrics.frechet_distance(a.flatten(1), b.flatten(1))
+    assert ours == pytest.approx(fid.compute().item(), rel=1e-3)
+    ours = metrics.kid(a.flatten(1), b.flatten(1))
+    assert ours == pytest.approx(kid.compute()[0].item(), rel=1e-3)
+
+
+def test_kid_is_unbiased_and_grows_with_a_shift():
+    halves = [metrics.kid(normal(50, 8, s), normal(50, 8, s + 100)) for s in range(40)]
+    assert abs(np.mean(halves)) < 3 * np.std(halves) / math.sqrt(40) and min(halves) < 0
+    shifted = [metrics.kid(normal(50, 8), normal(50, 8, 1) + d) for d in (0.5, 1, 2)]
+    assert max(halves) < shifted[0] < shifted[1] < shifted[2]
+
+
+def test_relative_floor_is_the_distance_of_disjoint_draws():
+    train = normal(400, 6)
+    floor, n = metrics.relative_floor(train, 100)
+    assert n == 100 and floor == metrics.relative_floor(train, 100)[0]
+    pairs = [(normal(100, 6, s), normal(100, 6, s + 50)) for s in range(1, 21)]
+    other = np.mean([metrics.frechet_distance(*pair) for pair in pairs])
+    assert 0.75 < other / floor < 1.33  # draws that share half of their slices: about 2
+    assert metrics.relative_floor(train, 300)[1] == 200  # too few slices: half of them
+
+
+def brute_prdc(real, fake, k):
+    def distance(a, b):
+        return math.dist(a, b)
+
+    def radius(points, i):
+        return sorted(distance(points[i], p) for p in points)[k]
+
+    r = [radius(real, i) for i in range(len(real))]
+    q = [radius(fake, i) for i in range(len(fake))]
+    hits = [[distance(x, y) <= r[i] for i, x in enumerate(real)] for y in fake]
+    back = [any(distance(x, y) <= q[j] for j, y in enumerate(fake)) for x in real]
+    near = [min(distance(x, y) for y in fake) <= r[i] for i, x in enumerate(real)]
+    return {
+        "precision": np.mean([any(h) for h in hits]),
+        "recall": np.mean(back),
+        "density": np.sum(hits) / (k * len(fake)),
+        "coverage": np.mean(near),
+    }
+
+
+@few
+@given(seeds, st.integers(1, 4), st.floats(0.3, 2), st.floats(0, 2))
+def test_prdc_matches_brute_force(seed, k, scale, shift):
+    real, fake = normal(20, 3, seed), normal(20, 3, seed + 1) * scale + shift
+    assert metrics.prdc(real, fake, k) == pytest.approx(brute_prdc(real, fake, k))
+
+
+def test_prdc_moves_the_way_its_definitions_say():
+    real, again = normal(200, 4), normal(200, 4, 1)
+    same = metrics.prdc(real, real)
+    assert same["precision"] == same["recall"] == same["coverage"] == 1
+    assert same["density"] == pytest.approx(1.2)  # each fake lies in 5 balls and on a centre
+    independent = metrics.prdc(real, again)
+    assert independent["density"] == pytest.approx(1, abs=0.15)
+    far = metrics.prdc(real, again + 100)
+    assert set(far.values()) == {0}
+    shrunken = metrics.prdc(real, again * 0.2)  # a collapsed generator
+    assert shrunken["precision"] > 0.98 and shrunken["recall"] < 0.2
+    spread = metrics.prdc(real, again * 4)  # the reverse
+    assert spread["precision"] < 0.35 and spread["recall"] > 0.9
+    duplicated = metrics.prdc(real, np.tile(real[:4], (50, 1)))
+    assert duplicated["precision"] == 1 and duplicated["recall"] == 4 / 200
+    with pytest.raises(ValueError, match="equal N"):
+        metrics.prdc(real, again[:-1])
+
+
+@pytest.mark.parametrize("change", ["shift", "shrink", "noise", "duplicate"])
+def test_frechet_distance_rises_with_every_damage(change):
+    real, again = normal(300, 5), normal(300, 5, 1)
+    damaged = {
+        "shift": again + 1,
+        "shrink": again * 0.5,
+        "noise": again + normal(300, 5, 2),
+        "duplicate": np.tile(again[:3], (100, 1)),
+    }[change]
+    floor = metrics.frechet_distance(real, again)
+    assert metrics.frechet_distance(real, damaged) > 4 * floor
+
+
+def test_feature_measures_refuse_nan():
+    a = normal(20, 3)
+    spoiled = np.where(a > 1, np.nan, a)
+    assert np.isnan(spoiled).any()
+    for measure in (metrics.frechet_distance, metrics.prdc, metrics.kid):
+        with pytest.raises(ValueError, match="NaN"):
+            measure(a, spoiled)
+
+
+# --- C2ST, memorisation -------------------------------------------------------------------
+
+
+def test_c2st_is_half_for_equal_sets_and_one_for_distant_ones():
+    groups = np.arange(300) // 10
+    aucs = [
+        metrics.c2st_auc(normal(300, 4, s), normal(300, 4, s + 50), groups) for s in range(4)
+    ]
+    assert abs(np.mean(aucs) - 0.5) < 0.05
+    assert metrics.c2st_auc(normal(300, 4), normal(300, 4, 1) + 5, groups) == 1
+
+
+def test_c2st_folds_by_subject_do_not_reward_knowing_the_subject():
+    # Equal processes, one offset per subject. Split by slice, a classifier would know the
+    # subjects: with more dimensions than subjects these are linearly separable.
+    groups = np.arange(200) // 20
+    real, fake = (np.repeat(normal(10, 60, s), 20, 0) for s in (0, 1))
+    real, fake = real + 0.1 * normal(200, 60, 2), fake + 0.1 * normal(200, 60, 3)
+    assert metrics.c2st_auc(real, fake, np.arange(200)) > 0.95
+    assert metrics.c2st_auc(real, fake, groups, groups + 10) < 0.85
+    with pytest.raises(ValueError, match="2 groups"):
+        metrics.c2st_auc(real, fake, np.zeros(200))
+
+
+def test_planted_copies_are_flagged_and_new_slices_are_not():
+    train, held_out, new = normal(500, 6), normal(200, 6, 1), normal(200, 6, 2)
+    copies = train[:200] + 1e-3 * normal(200, 6, 3)
+    flagged = metrics.memorisation(copies, held_out, train)
+    assert flagged["share_below_5th_percentile"] == 1
+    assert flagged["median_sample_distance"] < 0.01 * flagged["median_held_out_distance"]
+    assert metrics.memorisation(new, held_out, train)["share_below_5th_percentile"] < 0.12
+    half = metrics.memorisation(np.concatenate([copies[:100], new[:100]]), held_out, train)
+    assert 0.5 <= half["share_below_5th_percentile"] < 0.57
+
+
+# --- sets of images -----------------------------------------------------------------------
+
+
+def test_a_constant_generator_fails_on_diversity():
+    real = blobs(12)
+    assert metrics.ms_ssim_of_pairs(real[:1].repeat(12, 1, 1, 1), 30) > 0.9999
+    assert metrics.ms_ssim_of_pairs(noisy(real[:1].repeat(12, 1, 1, 1), 0.01), 30) > 0.95
+    assert metrics.ms_ssim_of_pairs(real, 30) < 0.7
+    # Two images have one pair: never an image with itself.
+    wanted = metrics.ms_ssim(real[:1], real[1:2]).item()
+    assert metrics.ms_ssim_of_pairs(real[:2], 40) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_seed_score_is_one_sample_against_every_test_image():
+    test = blobs(5)
+    wanted = [pytorch_msssim.ssim(test[2:3], t[None], data_range=1.0).item() for t in test]
+    got = metrics.seed_score(test[2], test)
+    assert got["mean"] == pytest.approx(np.mean(wanted), abs=1e-5)
+    assert got["share_above"] == pytest.approx(np.mean(np.array(wanted) > 0.6))
+
+
+def test_nearest_finds_copies_and_agrees_with_brute_force():
+    bank = blobs(20, 1, 128)
+    x = torch.cat([bank[[7, 3]], blobs(3, 2, 128)])
+    distances, indices = metrics.nearest(x, bank, 4)
+    assert indices[:2, 0].tolist() == [7, 3] and (distances[:2, 0] == 0).all()
+    small = [cv2.resize(i, (64, 64), interpolation=cv2.INTER_AREA) for i in bank[:, 0].numpy()]
+    for row, image in enumerate(x[:, 0].numpy()):
+        image = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
+        wanted = np.sort([np.linalg.norm(image - s) for s in small])[:4]
+        np.testing.assert_allclose(distances[row], wanted, atol=1e-4)
+    assert torch.equal(metrics.nearest(x, metrics.thumbnails(bank), 4)[1], indices)
+
+
+def test_ssim_to_nearest_is_one_for_copies_only():
+    bank = blobs(12, 1)
+    assert metrics.ssim_to_nearest(bank[:3], bank) == pytest.approx(1, abs=1e-5)
+    x = blobs(3, 2)
+    all_pairs = torch.stack([metrics.ssim(x, b[None].expand_as(x)) for b in bank])
+    wanted = all_pairs.amax(0).mean().item()
+    assert metrics.ssim_to_nearest(x, bank, k=12) == pytest.approx(wanted, abs=1e-5)
+    assert metrics.ssim_to_nearest(x, bank, k=1) <= wanted
+    assert metrics.ssim_to_nearest(x, bank, samples=1, k=12) == pytest.approx(
+        all_pairs[:, 0].max().item(), abs=1e-5
+    )
+
+
+def test_sliced_wasserstein_sees_blur_at_the_finest_level_first():
+    real, again = blobs(32, 0, 128), blobs(32, 1, 128)
+    floor = metrics.sliced_wasserstein(real, again)
+    assert list(floor) == ["128", "64", "32", "16", "mean"]
+    assert metrics.sliced_wasserstein(real, again) == floor  # a seed, no global randomness
+    grain = metrics.sliced_wasserstein(real, noisy(again, 0.1))
+    assert grain["128"] > 3 * floor["128"] and grain["16"] < 2 * floor["16"]
+    dark = metrics.sliced_wasserstein(real, again * 0.5)
+    assert dark["16"] > 3 * floor["16"]
+
+
+@pytest.mark.parametrize("cycles", [3, 20, 50])
+def test_a_sinusoid_lands_in_its_ring_with_its_power(cycles):
+    wave = torch.cos(2 * math.pi * cycles * torch.arange(128) / 128)
+    for image in (wave.expand(1, 1, 128, 128), wave[:, None].expand(1, 1, 128, 128)):
+        spectrum = metrics.radial_spectrum(0.5 + 0.4 * image)
+        assert spectrum.shape == (65,)
+        assert spectrum[1:].argmax() + 1 == cycles
+        # Two of the ring's cells hold (0.2 * 128^2)^2 each.
+        rows, columns = np.meshgrid(np.fft.fftfreq(128, 1 / 128), np.fft.fftfreq(128, 1 / 128))
+        cells = (np.hypot(rows, columns).round() == cycles).sum()
+        wanted = 10 * math.log10(2 * (0.2 * 128**2) ** 2 / cells)
+        assert spectrum[cycles].item() == pytest.approx(wanted, abs=0.01)
+
+
+def test_spectrum_difference_sees_blur_and_is_zero_for_equal_spectra():
+    real = noisy(blobs(24, 0, 128), 0.01)
+    real_db = metrics.radial_spectrum(real)
+    end = metrics.noise_floor(real_db)
+    differences = [
+        metrics.spectrum_difference(real_db, metrics.radial_spectrum(x), end)
+        for x in (real, blurred(real, 1), blurred(real, 2))
+    ]
+    assert differences[0] == 0 and 1 < differences[1] < differences[2]
+    grain = metrics.radial_spectrum(noisy(real, 0.1))
+    both_ways = [
+        metrics.spectrum_difference(*p, end) for p in ((real_db, grain), (grain, real_db))
+    ]
+    assert both_ways[0] == both_ways[1] > 1
+    below = metrics.radial_spectrum(blurred(real, 1)) < real_db
+    assert below[8:end].all()
+    with pytest.raises(ValueError, match="rings"):
+        metrics.spectrum_difference(real_db, real_db, 8)
+
+
+@pytest.mark.parametrize("crossing", [24, 40])
+def test_noise_floor_begins_where_known_noise_equals_the_signal(crossing):
+    frequency = torch.arange(129.0).clamp(min=1)
+    power = frequency**-3 + float(crossing) ** -3
+    assert metrics.noise_floor(10 * power.log10()) == pytest.approx(crossing, abs=2)
+
+
+def test_noise_floor_of_noise_alone_leaves_a_band():
+    assert metrics.noise_floor(torch.zeros(129)) == 16
+
+
+# --- codes, bits, codecs ------------------------------------------------------------------
+
+
+def test_total_variation_from_equal_to_disjoint():
+    a, b = np.array([2, 2, 0, 0]), np.array([0, 0, 1, 3])
+    assert metrics.total_variation(a, a * 7) == 0 and metrics.total_variation(a, b) == 1
+    assert metrics.total_variation(torch.tensor(a), torch.tensor([1, 0, 1, 0])) == 0.5
+    with pytest.raises(ValueError, match="non-empty"):
+        metrics.total_variation(a, 0 * a)
+
+
+@few
+@given(seeds, st.integers(2, 9))
+def test_code_pairs_match_brute_force(seed, codes):
+    generator = torch.Generator().manual_seed(seed)
+    maps = torch.randint(codes, (3, 4, 5), generator=generator)
+    right, below = np.zeros((codes, codes)), np.zeros((codes, codes))
+    for m in maps.tolist():
+        for i in range(4):
+            for j in range(5):
+                if j < 4:
+                    right[m[i][j], m[i][j + 1]] += 1
+                if i < 3:
+                    below[m[i][j], m[i + 1][j]] += 1
+    got = metrics.code_pairs(maps, codes)
+    np.testing.assert_array_equal(got[0].toarray(), right)
+    np.testing.assert_array_equal(got[1].toarray(), below)
+    wanted = metrics.total_variation(right, below)
+    assert metrics.total_variation(*got) == pytest.approx(wanted)
+
+
+def test_code_pairs_tell_shuffled_maps_from_ordered_ones():
+    ordered = torch.arange(64).div(8, rounding_mode="floor").expand(4, 64, 64)
+    shuffled = ordered.flatten(1)[:, torch.randperm(4096)].view(4, 64, 64)
+    single = [torch.bincount(m.flatten(), minlength=8) for m in (ordered, shuffled)]
+    assert metrics.total_variation(*single) == 0
+    pairs = [metrics.code_pairs(m, 8)[0] for m in (ordered, shuffled)]
+    assert metrics.total_variation(*pairs) > 0.5
+
+
+def test_bits_per_pixel_by_hand():
+    assert metrics.bits_per_pixel(np.ones(512), 512) == (0.5625, 0.5625)
+    fixed, entropy = metrics.bits_per_pixel(torch.tensor([3, 3, 0, 0]), 4, 64, 256)
+    assert (fixed, entropy) == (2 / 16, 1 / 16)
+
+
+def test_jpeg_and_webp_use_the_bits_that_they_may_and_no_more():
+    x = noisy(blobs(3), 0.02)
+    low, high = metrics.jpeg_webp_at(x, 0.6), metrics.jpeg_webp_at(x, 1.2)
+    for name in ("jpeg", "webp"):
+        assert 0.4 < low[name]["bpp"] <= 0.6 < high[name]["bpp"] <= 1.2
+        assert low[name]["over"] == 0 and low[name]["ssim"] < high[name]["ssim"] < 1
+        assert low[name]["psnr"] < high[name]["psnr"]
+    assert metrics.jpeg_webp_at(x, 0.001)["jpeg"]["over"] == 1

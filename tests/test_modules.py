@@ -1,0 +1,335 @@
+"""The networks against brute force and closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from config import Config
+from modules import (
+    VQVAE,
+    CodeMap,
+    Discriminator,
+    Generator,
+    Quantizer,
+    UpsampleConv,
+    architecture_rows,
+    draw,
+    generator_of,
+    gradient_penalty,
+    level_features,
+    make_vqvae,
+    noise_of,
+    perplexity,
+    principal_coordinates,
+    relativistic_loss,
+)
+
+SEED_TABLE = """
+Conv2d + ReLU | 16 | 3 | 1 | 1 | (1 x 256 x 256) | (16 x 256 x 256)
+Max2D Pool | - | 2 | - | - | (16 x 256 x 256) | (16 x 128 x 128)
+Conv2d + ReLU | 8 | 3 | 1 | 1 | (16 x 128 x 128) | (8 x 128 x 128)
+Max2D Pool | - | 2 | - | - | (8 x 128 x 128) | (8 x 64 x 64)
+Pre_VQ Conv2d | 64 | 1 | 1 | 0 | (8 x 64 x 64) | (64 x 64 x 64)
+Vector Quantized | - | - | - | - | (64 x 64 x 64) | (1 x 64 x 64)
+Conv2d + ReLU | 8 | 3 | 1 | 1 | (1 x 64 x 64) | (8 x 64 x 64)
+Upsampling | - | 2 | - | - | (8 x 64 x 64) | (8 x 128 x 128)
+Conv2d + ReLU | 16 | 3 | 1 | 1 | (8 x 128 x 128) | (16 x 128 x 128)
+Upsampling | - | 2 | - | - | (16 x 128 x 128) | (16 x 256 x 256)
+Final Conv2d | 1 | 3 | 1 | 1 | (16 x 256 x 256) | (1 x 256 x 256)
+"""
+
+
+@pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])
+def test_the_architecture_is_the_original_table(upsampling):
+    rows = [tuple(line.split(" | ")) for line in SEED_TABLE.strip().splitlines()]
+    # One row differs by intent: the decoder reads the map's 64-channel embedding, not the map.
+    at = next(i for i, row in enumerate(rows) if row[5] == "(1 x 64 x 64)")
+    rows[at] = (*rows[at][:5], "(64 x 64 x 64)", rows[at][6])
+    assert architecture_rows(VQVAE(upsampling=upsampling)) == rows
+
+
+def quantizer(K=16, D=8, A=4, learned_by="ema"):
+    draw = torch.Generator().manual_seed(1)
+    q = Quantizer(K, D, learned_by)
+    with torch.no_grad():
+        q.codebook.copy_(torch.randn(K, D, generator=draw))
+    projection = torch.nn.Conv2d(A, D, 1)
+    a = torch.randn(2, A, 5, 6, generator=draw, requires_grad=True)
+    return q, projection, a
+
+
+def test_search_finds_the_nearest_code():
+    q, projection, a = quantizer()
+    z = projection(a).permute(0, 2, 3, 1).flatten(0, 2)
+    brute = torch.cdist(z, q.codebook).argmin(1)
+    assert torch.equal(q(a, projection).indices.flatten(), brute)
+
+
+def test_search_is_exact_for_more_vectors_than_one_piece():
+    q, projection, _ = quantizer()
+    a = torch.randn(10_000, 4)
+    weight, bias = projection.weight.flatten(1), projection.bias
+    brute = torch.cdist(a @ weight.T + bias, q.codebook).argmin(1)
+    assert (q.search(a, weight, bias) == brute).float().mean() > 0.9999
+
+
+def test_straight_through_gives_the_decoder_codes_and_the_encoder_its_gradient():
+    q, projection, a = quantizer()
+    out = q(a, projection)
+    codes = q.codebook[out.indices].permute(0, 3, 1, 2)
+    torch.testing.assert_close(out.embedding, codes)
+    pull = torch.randn_like(codes)
+    (gradient,) = torch.autograd.grad((out.embedding * pull).sum(), a)
+    (direct,) = torch.autograd.grad((projection(a) * pull).sum(), a)
+    torch.testing.assert_close(gradient, direct)
+
+
+def test_codebook_term_moves_codes_only():
+    q, projection, a = quantizer(learned_by="loss")
+    out = q(a, projection)
+    assert torch.autograd.grad(out.codebook_loss, a, allow_unused=True) == (None,)
+    (gradient,) = torch.autograd.grad(q(a, projection).codebook_loss, q.codebook)
+    z = projection(a).permute(0, 2, 3, 1).flatten(0, 2)
+    expected = torch.zeros_like(q.codebook)
+    for vector, k in zip(z, out.indices.flatten(), strict=True):
+        expected[k] += 2 * (q.codebook[k] - vector) / z.numel()
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_commitment_term_moves_the_encoder_only():
+    q, projection, a = quantizer(learned_by="loss")
+    out = q(a, projection)
+    z = projection(a).permute(0, 2, 3, 1)
+    e = q.codebook[out.indices].detach()
+    torch.testing.assert_close(out.commitment, F.mse_loss(z, e))
+    (gradient,) = torch.autograd.grad(out.commitment, a, retain_graph=True)
+    (expected,) = torch.autograd.grad(F.mse_loss(z, e), a)
+    torch.testing.assert_close(gradient, expected)
+    assert torch.autograd.grad(out.commitment, q.codebook, allow_unused=True) == (None,)
+
+
+def test_forward_changes_nothing():
+    model = VQVAE()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.rand(2, 1, 256, 256))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_moving_averages_by_brute_force():
+    q, projection, a = quantizer()
+    out = q(a, projection)
+    z = projection(a).permute(0, 2, 3, 1).flatten(0, 2).detach()
+    expected = q.codebook.clone()
+    for k in range(16):
+        mine = z[out.indices.flatten() == k]
+        count, total = 0.9 + 0.1 * len(mine), 0.9 * q.sum[k] + 0.1 * mine.sum(0)
+        expected[k] = total / count
+    q.update(out.counts, out.sums, 0.9)
+    torch.testing.assert_close(q.codebook, expected)
+
+
+def test_a_code_never_used_stays_where_it_is():
+    q, *_ = quantizer()
+    q.replace(torch.arange(16), q.codebook.clone())
+    before = q.codebook.clone()
+    for _ in range(1000):
+        q.update(torch.zeros(16), torch.zeros(16, 8), 0.9)
+    torch.testing.assert_close(q.codebook, before)
+
+
+def test_revival_sets_vector_sum_and_count_and_survives_the_next_update():
+    q, projection, a = quantizer()
+    with torch.no_grad():
+        q.codebook[3] = 1e3  # far from everything: never chosen
+        q.count[3] = 0.0
+    out = q(a, projection)
+    assert q.revive(out, projection, 0.1, torch.Generator().manual_seed(0)) == 1
+    revived = q.codebook[3].clone()
+    vectors = projection(a).permute(0, 2, 3, 1).flatten(0, 2)
+    assert (vectors - revived).abs().amax(1).min() < 1e-5
+    assert q.count[3] == 1 and torch.equal(q.sum[3], revived)
+    q.update(torch.zeros(16), torch.zeros(16, 8), 0.99)
+    torch.testing.assert_close(q.codebook[3], revived)
+
+
+def test_folded_upsampling_is_upsampling_and_convolution():
+    conv, x = UpsampleConv(8, 5, "nearest"), torch.randn(2, 8, 7, 9)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, padding=1)
+    torch.testing.assert_close(conv(x), plain, atol=2e-6, rtol=1e-5)
+
+
+def test_pooling_before_relu_is_relu_before_pooling():
+    model, x = VQVAE(), torch.rand(2, 1, 256, 256)
+    conv1, _, _, conv2 = [m for m in model.encoder][:4]
+    plain = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(x)), 2))), 2)
+    torch.testing.assert_close(model.encoder(x), plain)
+
+
+def test_encode_and_decode_are_the_forward_pass():
+    model, x = VQVAE().eval(), torch.rand(2, 1, 256, 256)
+    with torch.no_grad():
+        output, quantized = model(x)
+        assert torch.equal(model.encode(x), quantized.indices)
+        torch.testing.assert_close(model.decode(quantized.indices), output.clamp(0, 1))
+
+
+def test_a_nan_in_the_encoder_is_no_picture():
+    model = VQVAE()
+    with torch.no_grad():
+        model.encoder[0].weight[0, 0, 0, 0] = math.nan
+        with pytest.raises(FloatingPointError):
+            model.encode(torch.rand(1, 1, 256, 256))
+
+
+def test_perplexity():
+    assert perplexity(torch.tensor([5, 5, 5, 5, 0])) == pytest.approx(4)
+    assert perplexity(torch.tensor([7, 0, 0])) == pytest.approx(1)
+
+
+# --- code map -----------------------------------------------------------------------------
+
+
+def some_code_map(order="pc1", K=40, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    codebook = torch.randn(K, 6, generator=draw) * torch.tensor([5.0, 1, 1, 1, 1, 1])
+    counts = torch.randint(0, 4, (K,), generator=draw)
+    return CodeMap.fit(codebook, counts, order), counts, codebook
+
+
+@pytest.mark.parametrize("order", ["pc1", "raw"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_index_to_gan_space_and_back_is_the_identity(order, channels):
+    code_map, counts, _ = some_code_map(order)
+    used = counts.nonzero().flatten()
+    maps = used[torch.randint(len(used), (3, 64, 64))]
+    u = code_map.encode(maps, channels)
+    assert u.shape == (3, channels, 64, 64) and u.abs().max() < 1
+    assert torch.equal(code_map.decode(u), maps)
+    jitter = (torch.rand(3, 1, 64, 64) * 2 - 1) * 0.999 / len(used)
+    assert torch.equal(code_map.decode(u + jitter), maps)
+
+
+def test_stretched_binning_is_the_identity_on_a_map_of_all_used_codes():
+    code_map, counts, _ = some_code_map("raw")
+    maps = counts.nonzero().flatten().repeat(4)[None, None]
+    # The stretched range runs from the first bin's middle to the last's: inner codes move by
+    # less than one bin, the ends stay.
+    u = code_map.encode(maps)
+    back = code_map.decode(u, stretch=True)
+    assert (code_map.rank[back] - code_map.rank[maps]).abs().max() <= 1
+    assert back[0, 0, 0] == code_map.used[0] and back.max() == code_map.used[-1]
+
+
+def test_unused_codes_are_never_emitted():
+    code_map, counts, _ = some_code_map()
+    u = torch.linspace(-1, 1, 4096).view(1, 1, 64, 64)
+    assert set(code_map.decode(u).unique().tolist()) == set(counts.nonzero().flatten().tolist())
+
+
+def test_the_ends_of_tanh_fall_into_the_end_bins():
+    code_map, _, _ = some_code_map()
+    ends = torch.tensor([-1.0, 1.0]).view(1, 1, 1, 2)
+    assert code_map.decode(ends).flatten().tolist() == code_map.used[[0, -1]].tolist()
+
+
+def test_a_single_used_code_and_a_nan():
+    code_map = CodeMap(torch.tensor([7]), 16)
+    assert (code_map.decode(torch.rand(1, 1, 4, 4), stretch=True) == 7).all()
+    with pytest.raises(FloatingPointError):
+        code_map.decode(torch.full((1, 1, 4, 4), math.nan))
+    with pytest.raises(ValueError, match="not seen"):
+        code_map.encode(torch.zeros(1, 4, 4, dtype=torch.long))
+
+
+def test_codes_are_ordered_along_their_first_principal_component():
+    code_map, _, codebook = some_code_map()
+    along = codebook[code_map.used][:, 0]  # the axis of the largest variance, by construction
+    rank_correlation = torch.corrcoef(
+        torch.stack([along.argsort().argsort().float(), torch.arange(len(along)).float()])
+    )[0, 1]
+    assert abs(rank_correlation) > 0.95
+
+
+def test_principal_coordinates_against_weighted_covariance():
+    _, counts, codebook = some_code_map()
+    used = counts.nonzero().flatten()
+    y = principal_coordinates(codebook[used], counts[used], 6)
+    weights = counts[used].numpy()
+    covariance = np.cov(y.numpy().T, fweights=weights, ddof=0)
+    original = np.cov(codebook[used].double().numpy().T, fweights=weights, ddof=0)
+    np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-12)
+    np.testing.assert_allclose(np.diag(covariance), np.linalg.eigvalsh(original)[::-1])
+
+
+# --- DCGAN --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_dcgan_shapes(batch_norm):
+    G = Generator(100, 8, 3, batch_norm)
+    D = Discriminator(8, 3, batch_norm)
+    u = G(torch.randn(4, 100), torch.rand(4))
+    assert u.shape == (4, 3, 64, 64) and u.abs().max() <= 1
+    assert D(u, torch.rand(4)).shape == (4,)
+
+
+def test_the_original_generator_has_the_papers_widths():
+    G = Generator(100, 128, 3, batch_norm=True)
+    widths = [m.out_channels for m in G.layers if isinstance(m, torch.nn.ConvTranspose2d)]
+    assert widths == [1024, 512, 256, 128, 3]
+    D = Discriminator(64, 3, batch_norm=True)
+    widths = [m.out_channels for m in D.layers if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [64, 128, 256, 512, 1]
+
+
+def test_unknown_levels_condition_on_nothing():
+    features = level_features(torch.tensor([0.0, 0.5, math.nan]))
+    assert features.isfinite().all() and (features[2] == 0).all()
+    assert not torch.equal(features[0], features[1])
+
+
+def test_relativistic_loss_in_closed_form():
+    loss = relativistic_loss(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0]))
+    expected = (math.log1p(math.exp(-1)) + math.log1p(math.exp(2))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradient_penalty_of_a_linear_function():
+    weight = torch.randn(1, 1, 64, 64, requires_grad=True)
+    penalty = gradient_penalty(
+        lambda u, level: (u * weight).sum((1, 2, 3)), torch.rand(4, 1, 64, 64), None
+    )
+    assert penalty.item() == pytest.approx(weight.square().sum().item(), rel=1e-5)
+    penalty.backward()
+    torch.testing.assert_close(weight.grad, 2 * weight)
+
+
+def test_no_sample_depends_on_the_batch_it_was_drawn_in():
+    code_map, _, _ = some_code_map()
+    model, G = VQVAE(codes=40).eval(), Generator(100, 8, 1, False).eval()
+    noise, level = noise_of(range(40), 100, 3, torch.linspace(0, 1, 32))
+    maps, images = draw(G, code_map, model, noise, level)
+    for start, stop in ((0, 1), (5, 12), (31, 40)):
+        again, pictures = draw(G, code_map, model, noise[start:stop], level[start:stop])
+        assert torch.equal(again, maps[start:stop])
+        assert torch.equal(pictures, images[start:stop])
+    alone, _ = noise_of(range(17, 18), 100, 3, torch.linspace(0, 1, 32))
+    assert torch.equal(alone[0], noise[17])
+
+
+def test_generators_are_functions_of_their_path():
+    def first(*path):
+        return torch.rand(4, generator=generator_of(*path)).tolist()
+
+    assert first(1, 2, 3) == first(1, 2, 3)
+    paths = [(0, 1), (1, 0), (0, 2), (0, 1, 1), (2**31 - 1, 1)]
+    assert len({tuple(first(*path)) for path in paths}) == len(paths)
+
+
+def test_config_makes_the_networks_it_describes():
+    model = make_vqvae(Config(codes=32, code_dim=16, widths=(8, 4)))
+    assert model.quantizer.codebook.shape == (32, 16)
+    assert model.encoder[0].out_channels == 8

@@ -1,0 +1,283 @@
+"""The scripts as a user meets them: real processes, exit codes, files, messages."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--codes", "16", "--widths", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.08",
+    "--gan-widths", "4", "4", "--gan-batch-size", "8", "--gan-kimg", "0.08", "--samples", "8",
+]  # fmt: skip
+
+
+def script(name, *arguments, cwd, timeout=120, **env):
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, arguments)],
+        cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory):
+    """The course's layout: 24 + 4 + 4 cases of 4 slices, under a name with a space and an ä."""
+    root = tmp_path_factory.mktemp("Schnitte ä") / "keras_png_slices_data"
+    draw, case = np.random.default_rng(0), 0
+    for part, cases in (("train", 24), ("validate", 4), ("test", 4)):
+        folder = root / f"keras_png_slices_{part}"
+        folder.mkdir(parents=True)
+        for _ in range(cases):
+            case += 1
+            for k in range(4):
+                image = np.zeros((256, 256), np.uint8)
+                axes = (int(draw.integers(50, 90)), int(draw.integers(70, 110)))
+                cv2.ellipse(image, (128, 128), axes, 0, 0, 360, int(draw.integers(80, 250)), -1)
+                file = folder / f"case_{case:03d}_slice_{k}.nii.png"
+                file.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(slices, tmp_path_factory):
+    """A folder in which `driver.py --out out --runs 2` has run."""
+    where = tmp_path_factory.mktemp("work")
+    done = script("driver.py", "--data", slices, "--out", "out", "--runs", 2, *SMALL, cwd=where)
+    assert done.returncode == 0, done.stderr
+    return where, done
+
+
+def test_the_driver_writes_what_the_readme_lists(finished):
+    where, done = finished
+    results = json.loads((where / "out/results.json").read_text())
+    assert results["best"] in ("seed-0", "seed-1") and results["finished"]
+    assert [run["status"] for run in results["runs"]] == ["done", "done"]
+    scores = {run["folder"]: run["validation"]["fd_validation"] for run in results["runs"]}
+    assert results["best"] == min(scores, key=scores.get)
+    for seed in ("seed-0", "seed-1"):
+        names = {p.name for p in (where / "out" / seed).iterdir()}
+        assert names >= {
+            "config.json", "log.csv", "run.log", "metrics.json", "figures", "codes.npy",
+            "codes.pt", "vqvae_best.pt", "vqvae_last.pt", "dcgan_best.pt", "dcgan_last.pt",
+        }  # fmt: skip
+        assert len(list((where / "out" / seed / "figures").glob("*.png"))) == 7
+        maps = np.load(where / "out" / seed / "codes.npy", mmap_mode="r")
+        assert maps.dtype == np.uint16 and maps.shape == (128, 64, 64)
+    assert "24 subjects" in done.stdout and "warning" not in done.stderr
+    assert not [p for p in where.rglob("*") if "tmp" in p.name]
+
+
+def test_the_same_command_ends_at_once_and_changes_nothing(finished, slices):
+    where, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in where.rglob("*.pt")}
+    again = script(
+        "driver.py", "--data", slices, "--out", "out", "--runs", 2, *SMALL, cwd=where
+    )
+    assert again.returncode == 0
+    assert before == {p: p.stat().st_mtime_ns for p in where.rglob("*.pt")}
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished, slices):
+    where, _ = finished
+    options = [*SMALL, "--lr", "0.5"]
+    other = script("driver.py", "--data", slices, "--out", "out", *options, cwd=where)
+    assert other.returncode == 4 and "lr" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_generate_writes_grey_slices_that_depend_on_seed_and_number_alone(finished):
+    where, _ = finished
+    for n, out in ((3, "a"), (35, "b")):
+        done = script(
+            "predict.py", "generate", "out", "--n", n, "--seed", 5, "--out", out, cwd=where
+        )
+        assert done.returncode == 0, done.stderr
+    for number in range(3):
+        name = f"{number:05d}.png"
+        assert (where / "a" / name).read_bytes() == (where / "b" / name).read_bytes()
+    image = cv2.imread(str(where / "b/00034.png"), cv2.IMREAD_UNCHANGED)
+    assert image.shape == (256, 256) and image.dtype == np.uint8
+    assert (where / "a/grid.png").exists()
+
+
+def test_reconstruct_takes_any_folder(finished, slices):
+    where, _ = finished
+    data = slices / "keras_png_slices_test"
+    done = script("predict.py", "reconstruct", "out", "--data", data, "--out", "r", cwd=where)
+    assert done.returncode == 0, done.stderr
+    assert len(list((where / "r").glob("0*.png"))) == 16 and "SSIM" in done.stdout
+
+
+def test_evaluate_repeats_the_scores(finished):
+    where, _ = finished
+    path = where / "out/seed-0/metrics.json"
+    before = json.loads(path.read_text())
+    done = script("predict.py", "evaluate", "out/seed-0", cwd=where)
+    assert done.returncode == 0, done.stderr
+    after = json.loads(path.read_text())
+    for values in (before, after):
+        del values["peak_memory_mb"]
+    assert before == after
+
+
+def test_a_moved_folder_still_generates(finished):
+    where, _ = finished
+    (where / "moved").mkdir()
+    os.rename(where / "out", where / "moved/elsewhere")
+    try:
+        done = script("predict.py", "generate", "moved/elsewhere", "--n", 1, cwd=where)
+        assert done.returncode == 0, done.stderr
+    finally:
+        os.rename(where / "moved/elsewhere", where / "out")
+
+
+@pytest.mark.parametrize("name", ["vqvae_best.pt", "codes.pt", "dcgan_best.pt", "config.json"])
+def test_predict_refuses_a_damaged_file_and_names_it(finished, name):
+    where, _ = finished
+    path = where / "out/seed-0" / name
+    good = path.read_bytes()
+    path.write_bytes(good[: len(good) // 2])
+    try:
+        done = script("predict.py", "generate", "out/seed-0", "--n", 1, "--out", "x", cwd=where)
+        assert done.returncode == 4 and name in done.stderr and done.stderr.count("\n") == 1
+        assert not (where / "x").exists()
+    finally:
+        path.write_bytes(good)
+
+
+def test_a_malicious_checkpoint_runs_nothing(finished):
+    import torch
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    where, _ = finished
+    marker, path = where / "marker", where / "out/seed-0/dcgan_best.pt"
+    good = path.read_bytes()
+    torch.save({"format": 1, "stage": "dcgan", "bomb": Bomb()}, path)
+    try:
+        done = script("predict.py", "generate", "out/seed-0", "--n", 1, cwd=where)
+        assert done.returncode == 4 and not marker.exists()
+    finally:
+        path.write_bytes(good)
+
+
+def test_a_killed_run_continues_to_the_same_brains(finished, slices):
+    where, _ = finished
+    command = [
+        sys.executable,
+        str(ROOT / "driver.py"),
+        "--data",
+        str(slices),
+        "--out",
+        "killed",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for signum, code in ((15, 143), (2, 130), (9, -9)):
+        running = subprocess.Popen(
+            [*command, *SMALL], cwd=where, env=env, stderr=subprocess.PIPE, text=True
+        )
+        log = where / "killed/seed-0/log.csv"
+        rows = len(log.read_text().splitlines()) if log.exists() else 0
+        for _ in range(600):
+            if log.exists() and len(log.read_text().splitlines()) > rows + 1:
+                break
+            time.sleep(0.05)
+        running.send_signal(signum)
+        _, error = running.communicate(timeout=60)
+        assert running.returncode == code, error
+        assert signum == 9 or "To continue: python" in error
+    done = script("driver.py", "--data", slices, "--out", "killed", *SMALL, cwd=where)
+    assert done.returncode == 0, done.stderr
+    a, b = (np.load(where / folder / "seed-0/codes.npy") for folder in ("out", "killed"))
+    assert (a == b).all()
+    scores = [
+        json.loads((where / folder / "seed-0/metrics.json").read_text())["generation"]
+        for folder in ("out", "killed")
+    ]
+    assert scores[0] == scores[1]
+
+
+def test_stages_by_hand_without_out_continue_the_newest_folder(slices, tmp_path):
+    options = ["--data", slices, *SMALL]
+    early = script("train.py", "--stage", "dcgan", *options, cwd=tmp_path)
+    assert early.returncode == 4 and "codes.pt" in early.stderr
+    for stage in ("vqvae", "codes", "dcgan"):
+        done = script("train.py", "--stage", stage, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    folders = [p for p in (tmp_path / "runs").iterdir() if p.name != "cache"]
+    assert len(folders) == 1
+    whole = script("driver.py", *options, cwd=tmp_path)
+    assert whole.returncode == 0 and "continuing" in whole.stdout
+    again = script("driver.py", *options, cwd=tmp_path)  # "rerun and pick the best" by hand
+    assert again.returncode == 0, again.stderr
+    folders = sorted(p for p in (tmp_path / "runs").iterdir() if p.name != "cache")
+    assert len(folders) == 2 and (folders[1] / "seed-1/metrics.json").exists()
+
+
+# --- bad input ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["driver.py", "train.py", "predict.py"])
+def test_help_is_there_at_once(name, tmp_path):
+    start = time.monotonic()
+    done = script(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "usage" in done.stdout
+    assert time.monotonic() - start < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--lr", "nan"], ["lr", "allowed"]),
+        (["--batch-size", "-1"], ["batch", "allowed"]),
+        (["--codes", "1"], ["codes", "allowed"]),
+        (["--preset", "huge"], ["quick", "classic"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+        (["--device", "cuda"], ["cuda", "cpu"]),
+        (["--device", "toaster"], ["toaster", "cpu"]),
+    ],
+)
+def test_bad_options_are_exit_2_with_one_line(options, words, tmp_path):
+    done = script("driver.py", *options, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in ["error: ", *words])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("data", ["missing", "empty", "file.txt"])
+def test_unusable_data_are_exit_3_and_leave_no_run_folder(data, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("not a slice")
+    done = script("driver.py", "--data", data, cwd=tmp_path)
+    assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.glob("runs/*quick*"))
+
+
+def test_two_writers_of_one_folder(slices, tmp_path):
+    import runtime
+
+    with runtime.writing_alone(tmp_path / "out"):
+        runtime.write_json(tmp_path / "out/config.json", {"seed": 0})
+        lock = json.loads((tmp_path / "out/lock.json").read_text())
+        assert lock["pid"] == os.getpid()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("")
+    done = script("driver.py", "--data", slices, "--out", "other", *SMALL, cwd=tmp_path)
+    assert done.returncode == 5 and "other files" in done.stderr
+
+
+def test_no_terminal_no_display_and_plain_ascii(slices, tmp_path):
+    done = script(
+        "driver.py", "--data", slices, "--out", "ergebnis-ä", *SMALL, cwd=tmp_path,
+        LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0", MPLBACKEND="TkAgg", DISPLAY="",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

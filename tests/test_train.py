@@ -1,0 +1,286 @@
+"""Training stops anywhere and continues to the same bits; its files survive damage."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import modules
+import runtime
+import train
+from config import Config, Exit, UserError
+from dataset import BrainSlices, Data
+
+TINY = Config(
+    codes=16, code_dim=8, widths=(4, 4), batch_size=4, vqvae_kimg=0.052,
+    gan_widths=(4, 4), gan_batch_size=4, gan_kimg=0.052, penalty_every=4, samples=8,
+    ema_kimg=0.02, device="cpu",
+)  # fmt: skip
+STEPS = 13  # of either stage
+
+
+def some_data(n: int = 48) -> Data:
+    """Ellipses of random size: n slices of n / 4 subjects, split in half, quarter, quarter."""
+    draw = np.random.default_rng(0)
+    y, x = np.mgrid[-1:1:256j, -1:1:256j]
+    a, b, grey = draw.uniform(0.4, 0.8, (3, n, 1, 1))
+    inside = (x / a) ** 2 + (y / b) ** 2 < 1
+    images = (255 * grey * inside * (0.8 + 0.2 * np.cos(9 * x * a))).astype(np.uint8)
+    subjects = np.repeat([f"s{i}" for i in range(n // 4)], 4)
+    levels = np.tile(np.linspace(0, 1, 4, dtype=np.float32), n // 4)
+    parts = [
+        BrainSlices(images, rows, subjects[rows], levels[rows])
+        for rows in np.split(np.arange(n), [n // 2, 3 * n // 4])
+    ]
+    return Data(*parts, images, "fingerprint", False, "stamp", {})
+
+
+class StopAfter:
+    """In place of `runtime.Signals`: a signal that comes after so many steps."""
+
+    def __init__(self, steps: float = math.inf):
+        self.steps = steps
+
+    def check(self, save):
+        self.steps -= 1
+        if self.steps <= 0:
+            save()
+            raise runtime.Interrupted(15)
+
+
+def a_run(folder, data, stop=math.inf, config=TINY, seed=0) -> train.Run:
+    return train.open_seed(folder, config, seed, data, StopAfter(stop))
+
+
+def train_all(run):
+    for stage in train.STAGES.values():
+        stage(run)
+
+
+def final_state(run) -> dict:
+    """Everything that continuation must reproduce, times aside."""
+    state = {}
+    for name in ("vqvae_last", "vqvae_best", "codes", "dcgan_last", "dcgan_best"):
+        values = torch.load(run.path(f"{name}.pt"), weights_only=True)
+        for key in ("seconds", "vqvae", "codes"):  # a time, and checksums of files with times
+            values.pop(key, None)
+        state |= {f"{name}.{key}": value for key, value in runtime._tensors(values)}
+    state["codes.npy"] = torch.from_numpy(np.load(run.path("codes.npy")).astype(int))
+    with open(run.path("log.csv"), newline="") as file:
+        rows = [row for row in csv.DictReader(file)]
+    for row in rows:
+        del row["seconds"], row["images_per_s"]
+    state["rows"] = rows
+    return state
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    assert a.keys() == b.keys()
+    same = {
+        k: torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k]
+        for k, v in a.items()
+    }
+    return [k for k, equal in same.items() if not equal]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return some_data()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    run = a_run(tmp_path_factory.mktemp("whole"), data)
+    train_all(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(uninterrupted):
+    return final_state(uninterrupted)
+
+
+# Step 1, mid-epoch, an epoch's end (24 slices, 4 a step), a stage's end, the same in stage 3;
+# index maps ask once a batch of 64 slices, so 14 is within them.
+@pytest.mark.parametrize("stops", [(1,), (5,), (6, 1), (13,), (14,), (15,), (19, 3), (26,)])
+def test_continuing_gives_the_same_bits(stops, data, expected, tmp_path):
+    for stop in stops:
+        with pytest.raises(runtime.Interrupted):
+            train_all(a_run(tmp_path, data, stop))
+    run = a_run(tmp_path, data)
+    train_all(run)
+    assert differing(final_state(run), expected) == []
+
+
+def tampered(tmp_path, data, name: str, change) -> dict:
+    """The final state after stage `name` was stopped, its checkpoint changed, and continued."""
+    stop = 5 if name == "vqvae" else STEPS + 1 + 5
+    with pytest.raises(runtime.Interrupted):
+        train_all(a_run(tmp_path, data, stop))
+    path = tmp_path / "seed-0" / f"{name}_last.pt"
+    values = runtime.load_checkpoint(path)
+    change(values)
+    runtime.save_checkpoint(path, values)
+    run = a_run(tmp_path, data)
+    train_all(run)
+    return final_state(run)
+
+
+def forget_optimizers(values):
+    for name, part in values["parts"].items():
+        if "state" in part and "param_groups" in part:
+            part["state"] = {}
+            assert name in ("optimizer", "G_adam", "D_adam")
+
+
+def forget_position(values):
+    values["nimg"] -= 4
+
+
+def forget_codebook_sums(values):
+    values["parts"]["model"]["quantizer.sum"].mul_(1.01)
+
+
+def forget_average(values):
+    values["parts"]["average"] = dict(values["parts"]["G"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("vqvae", forget_optimizers), ("dcgan", forget_optimizers),
+        ("vqvae", forget_position), ("dcgan", forget_position),
+        ("vqvae", forget_codebook_sums), ("dcgan", forget_average),
+    ],
+)  # fmt: skip
+def test_the_comparison_sees_what_a_checkpoint_lacks(name, change, data, expected, tmp_path):
+    assert differing(tampered(tmp_path, data, name, change), expected)
+
+
+def test_the_comparison_sees_another_random_sequence(data, expected, tmp_path, monkeypatch):
+    with pytest.raises(runtime.Interrupted):
+        train_all(a_run(tmp_path, data, 5))
+    real = modules.generator_of
+    monkeypatch.setattr(train, "generator_of", lambda *path: real(*path, 1))
+    run = a_run(tmp_path, data)
+    train_all(run)
+    assert differing(final_state(run), expected)
+
+
+def test_training_learns(uninterrupted, expected):
+    losses = [float(r["loss"]) for r in expected["rows"] if r["stage"] == "vqvae"]
+    assert losses[-1] < 0.9 * losses[0]
+    assert float(expected["rows"][-1]["diversity"]) > 0
+
+
+def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
+    monkeypatch.setattr(train, "vqvae_step", None)
+    monkeypatch.setattr(train, "dcgan_step", None)
+    train_all(a_run(uninterrupted.folder.parent, data))
+    assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_cut_checkpoint_falls_back_to_the_one_before(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
+    with pytest.raises(runtime.Interrupted):
+        train_all(a_run(tmp_path, data, 5))
+    cut(tmp_path / "seed-0" / "vqvae_last.pt")
+    with pytest.raises(runtime.Interrupted):
+        train_all(a_run(tmp_path, data, 1))
+    error = capsys.readouterr().err
+    assert "vqvae_last.pt" in error and "continuing from vqvae_prev.pt" in error
+    assert len(list((tmp_path / "seed-0").glob("*.damaged-*"))) == 1
+
+
+def test_without_a_usable_checkpoint_nothing_is_overwritten(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
+    with pytest.raises(runtime.Interrupted):
+        train_all(a_run(tmp_path, data, 5))
+    files = [tmp_path / "seed-0" / f"vqvae_{name}.pt" for name in ("last", "prev")]
+    for path in files:
+        cut(path)
+    before = [path.read_bytes() for path in files]
+    with pytest.raises(UserError) as problem:
+        train_all(a_run(tmp_path, data))
+    assert problem.value.code == Exit.CHECKPOINT
+    assert all(path.name in str(problem.value) for path in files)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_other_settings_do_not_continue_a_stage(data, tmp_path):
+    with pytest.raises(runtime.Interrupted):
+        train_all(a_run(tmp_path, data, 3))
+    other = Config(**{**TINY.__dict__, "lr": 0.5})
+    with pytest.raises(UserError, match=r"lr .*0\.5 here") as problem:
+        train_all(a_run(tmp_path, data, config=other))
+    assert problem.value.code == Exit.CHECKPOINT
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "dcgan"])
+def test_a_nan_ends_training_and_is_in_no_checkpoint(stage, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
+    function = "reconstruction_loss" if stage == "vqvae" else "discriminator_loss"
+    real, calls = getattr(train, function), []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        value = real(*arguments)
+        if len(calls) < 7:
+            return value
+        return value * math.nan if stage == "vqvae" else (value[0] * math.nan, value[1])
+
+    monkeypatch.setattr(train, function, poisoned)
+    with pytest.raises(UserError) as problem:
+        train_all(a_run(tmp_path, data))
+    assert problem.value.code == Exit.DIVERGED
+    assert stage in str(problem.value) and "step 7" in str(problem.value)
+    last = runtime.load_checkpoint(tmp_path / "seed-0" / f"{stage}_last.pt")
+    assert last["nimg"] == 6 * 4
+
+
+def test_maps_are_made_anew_when_damaged(uninterrupted, data, capsys, tmp_path):
+    run = a_run(tmp_path, data)
+    train.train_vqvae(run)
+    train.extract_codes(run)
+    good = run.path("codes.npy").read_bytes()
+    damaged = bytearray(good)
+    damaged[-1] ^= 1
+    run.path("codes.npy").write_bytes(damaged)
+    train.extract_codes(run)
+    assert run.path("codes.npy").read_bytes() == good
+
+
+def test_index_maps_are_compact_and_counted_over_the_whole_split(uninterrupted, data):
+    maps = np.load(uninterrupted.path("codes.npy"), mmap_mode="r")
+    assert maps.dtype == np.uint16 and maps.shape == (48, 64, 64)
+    counts = runtime.load_checkpoint(uninterrupted.path("codes.pt"))["counts"]
+    for name, split in train.splits(uninterrupted):
+        brute = np.bincount(maps[split.rows].ravel(), minlength=16)
+        assert counts[name].tolist() == brute.tolist()
+
+
+def test_an_order_visits_every_item_once_an_epoch_and_is_cut_anywhere():
+    whole = train.order_of(3, train.ORDER, 10, 0, 35)
+    assert all(sorted(whole[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert whole[:10].tolist() != whole[10:20].tolist()
+    parts = [train.order_of(3, train.ORDER, 10, start, 7) for start in range(0, 35, 7)]
+    assert np.concatenate(parts).tolist() == whole.tolist()
+
+
+def test_a_batch_larger_than_the_data(data, tmp_path):
+    config = Config(**{**TINY.__dict__, "batch_size": 40, "gan_batch_size": 30})
+    train_all(a_run(tmp_path, data, config=config))
+
+
+def test_level_tables():
+    levels = np.repeat(np.linspace(0, 1, 4, dtype=np.float32), 25)
+    table = train.level_table(levels)
+    assert sorted(set(table.tolist())) == sorted(set(levels.tolist()))
+    assert train.level_table(np.array([0.5, np.nan], np.float32)).numel() == 0
