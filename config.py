@@ -157,7 +157,7 @@ class Config:
     map_channels: int = option(1, "copies of the map that the DCGAN sees", low=1, high=16)
     noise_dim: int = option(100, "Z, numbers of noise per sample", low=1, high=4096)
     gamma: float = option(0.5, "weight of R1 and of R2", low=0, high=1e4)
-    penalty_every: int = option(8, "steps between R1 and R2 penalties", low=1, high=1024)
+    penalty_every: int = option(16, "steps between R1 and R2 penalties", low=1, high=1024)
     gan_lr: float = option(2e-4, "Adam's learning rate, DCGAN", low=1e-8, high=1)
     gan_beta1: float = option(0.0, "Adam's beta 1, DCGAN", low=0, high=0.9999)
     ema_kimg: float = option(

@@ -393,20 +393,20 @@ def level_features(level: Tensor) -> Tensor:
     return features.nan_to_num(0.0) * level.isfinite()[:, None]           # (B, L)
 
 
-class PixelNorm(nn.Module):
-    """Each cell's channels at unit mean square (Karras et al. 2018, arXiv:1710.10196, 4.2).
+class CellNorm(nn.Module):
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) over the channels of each cell.
 
     Unlike BatchNorm it makes no sample depend on its batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-8)
+        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
 
 
 class Generator(nn.Module):
     """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> 64x64.
 
-    batch_norm True: as in the paper. False: PixelNorm, and the slice level beside the noise.
+    batch_norm True: as in the paper. False: CellNorm, and the slice level beside the noise.
     """
 
     def __init__(self, noise_dim: int, width: int, channels: int, batch_norm: bool):
@@ -419,7 +419,7 @@ class Generator(nn.Module):
             stride, padding = (1, 0) if i == 0 else (2, 1)
             layers += [
                 nn.ConvTranspose2d(ins, out, 4, stride, padding, bias=not batch_norm),
-                nn.BatchNorm2d(out) if batch_norm else PixelNorm(),
+                nn.BatchNorm2d(out) if batch_norm else CellNorm(),
                 nn.ReLU() if batch_norm else nn.LeakyReLU(0.2),
             ]
             ins = out
@@ -510,13 +510,13 @@ def bce_loss(logits: Tensor, target: float) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, u: Tensor, level: Tensor) -> Tensor:
-    """Mean squared norm of D's gradient at u: R1 on real maps, R2 on generated ones.
+    """Squared norm (B,) of D's gradient at each u: R1 on real maps, R2 on generated ones.
 
     Mescheder et al. 2018, arXiv:1801.04406, eq. 9 and 10, there halved and weighted by gamma.
     """
     u = u.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(u, level).sum(), u, create_graph=True)
-    return gradient.square().sum((1, 2, 3)).mean()
+    return gradient.square().sum((1, 2, 3))                               # (B,)
 
 
 # --- generation ---------------------------------------------------------------------------

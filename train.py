@@ -478,20 +478,22 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
 def discriminator_loss(gan, real, fake, level, step) -> tuple[Tensor, dict[str, Tensor]]:
     """D's loss, with R1 and R2 every `penalty_every` steps at that multiple of their weight.
 
-    Lazily, as Karras et al. 2020 (arXiv:1912.04958, appendix B); in float32, since the
-    gradient of a gradient is.
+    Lazily, as Karras et al. 2020 (arXiv:1912.04958, appendix B), and in float32. BCE with
+    BatchNorm sees real and generated maps in separate batches, as the original did.
     """
     config = gan.run.config
-    with runtime.autocast(gan.run.device, config.precision):
-        real_score, fake_score = gan.D(real, level).float(), gan.D(fake, level).float()
     if config.gan_loss == "bce":
-        loss = modules.bce_loss(real_score, 1.0) + modules.bce_loss(fake_score, 0.0)
-        return loss, {}
+        with runtime.autocast(gan.run.device, config.precision):
+            scores = gan.D(real, level).float(), gan.D(fake, level).float()
+        return modules.bce_loss(scores[0], 1.0) + modules.bce_loss(scores[1], 0.0), {}
+    both, levels = torch.cat([real, fake]), torch.cat([level, level])
+    with runtime.autocast(gan.run.device, config.precision):
+        real_score, fake_score = gan.D(both, levels).float().chunk(2)
     loss = modules.relativistic_loss(real_score, fake_score)
     if step % config.penalty_every:
         return loss, {}
-    r1 = modules.gradient_penalty(gan.D, real, level)
-    r2 = modules.gradient_penalty(gan.D, fake, level)
+    r1, r2 = modules.gradient_penalty(gan.D, both, levels).chunk(2)
+    r1, r2 = r1.mean(), r2.mean()
     loss = loss + config.gamma / 2 * config.penalty_every * (r1 + r2)
     return loss, {"r1": r1 * config.penalty_every, "r2": r2 * config.penalty_every}
 
