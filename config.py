@@ -36,7 +36,7 @@ class UserError(Exception):
         self.code = code
 
 
-def option(default, help, *, low=None, high=None, choices=None, identity=True, flag=None):
+def option(default, help, *, low=None, high=None, choices=None, identity=True):
     """A field of `Config` with what argparse and the range check need to know about it.
 
     identity: whether a different value makes a different run (a path or a device does not).
@@ -49,7 +49,6 @@ def option(default, help, *, low=None, high=None, choices=None, identity=True, f
             "high": high,
             "choices": choices,
             "identity": identity,
-            "flag": flag,
         },
     )
 
@@ -250,13 +249,14 @@ def check_field(f, value):
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line and whose abbreviations are off."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, **keywords):
         super().__init__(
             description=description,
             allow_abbrev=False,
             formatter_class=lambda prog: argparse.HelpFormatter(
-                prog, max_help_position=34, width=96
+                prog, max_help_position=30, width=96
             ),
+            **keywords,
         )
 
     def error(self, message):
@@ -264,33 +264,54 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(int(Exit.USAGE))
 
 
-def add_options(parser: argparse.ArgumentParser, names=None, **defaults):
-    """Add one flag per field of `Config` (or only `names`); absent flags stay absent."""
+# Headings of --help: the first field under each.
+SECTIONS = {
+    "preset": "where",
+    "strict": "data",
+    "codes": "VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937)",
+    "order": "DCGAN (Radford et al. 2016, arXiv:1511.06434)",
+    "samples": "evaluation and arithmetic",
+}
+
+
+def add_options(parser: argparse.ArgumentParser, names=None, **shown):
+    """Add one flag per field of `Config`, or for `names`; absent flags stay absent.
+
+    shown: what --help calls a field's default, where that is not the default itself.
+    """
+    group = parser
     for f in fields(Config):
-        if names is not None and f.name not in names:
-            continue
-        default = defaults.get(f.name, f.default)
-        shown = "" if default in ("", -1) else f" [{_show(default)}]"
-        many = isinstance(f.default, tuple)
-        choices = tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
-        keywords = {"help": f.metadata["help"] + shown, "default": argparse.SUPPRESS}
-        if isinstance(f.default, bool):
-            keywords |= {"action": "store_true"}
-        else:
-            example = f.default[0] if many else f.default
-            keywords |= {
-                "type": _reader(f, type(example)),
-                "metavar": "{" + ",".join(choices) + "}"
-                if choices
-                else type(example).__name__.upper(),
-            }
-            if many:
-                keywords |= {"nargs": len(f.default)}
-        parser.add_argument("--" + f.name.replace("_", "-"), **keywords)
+        if names is None and f.name in SECTIONS:
+            group = parser.add_argument_group(SECTIONS[f.name])
+        if names is None or f.name in names:
+            _add_option(group, f, shown.get(f.name, _show(f.default)))
+
+
+def _add_option(group, f, default: str):
+    note = f" [{default}]" if default and "[" not in f.metadata["help"] else ""
+    keywords = {"help": f.metadata["help"] + note, "default": argparse.SUPPRESS}
+    if isinstance(f.default, bool):
+        group.add_argument(_flag(f), action="store_true", **keywords)
+        return
+    many = isinstance(f.default, tuple)
+    kind = type(f.default[0] if many else f.default)
+    choices = tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
+    metavar = (
+        "{" + ",".join(choices) + "}" if choices else {int: "N", float: "X", str: "TEXT"}[kind]
+    )
+    if many:
+        keywords["nargs"] = len(f.default)
+    group.add_argument(_flag(f), type=_reader(f, kind), metavar=metavar, **keywords)
+
+
+def _flag(f) -> str:
+    return "--" + f.name.replace("_", "-")
 
 
 def _show(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "" if value is False else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _reader(f, kind):

@@ -4,7 +4,7 @@
 as `--data PATH`, or write it below. The same command again continues where it stopped.
 """
 
-from config import Exit, Parser, UserError, add_options, config_from
+from config import Config, Exit, Parser, UserError, add_options, config_from
 
 DATA_PATH = None  # for example "keras_png_slices_data"; None is the embedded set
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import predict
 import runtime
 import train
-from dataset import open_data
+from dataset import Data, open_data
 
 SCORE = (
     "fd_validation"  # chooses the best run: relative FD to validation slices, lower is better
@@ -40,27 +40,26 @@ def main(arguments):
     runtime.check_writable(Path(config.out).parent if config.out else Path("runs"))
     data = open_data(config)
     folder, first = runtime.results_folder(config, data.fingerprint, "seed" in arguments)
-    with runtime.writing_alone(folder), runtime.Signals() as signals:
+    with runtime.writing_alone(folder):
         runtime.say(f"results: {folder}")
         known = {int(p.name[5:]) for p in folder.glob("seed-*") if p.name[5:].isdigit()}
         seeds = range(first, first + config.runs)
         results = {s: finished(folder, s) for s in sorted(known | set(seeds))}
         for seed in seeds:
             if results[seed]["status"] != "done":
-                results[seed] = one_run(folder, config, seed, data, signals)
+                results[seed] = one_run(folder, config, seed, data)
                 write_results(folder, results, seeds)
         write_results(folder, results, seeds)
     report(folder, results)
 
 
-def one_run(folder: Path, config, seed: int, data, signals) -> dict:
+def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
     """Train, evaluate and draw one seed. Divergence is a result; other failures end it all."""
-    run = train.open_seed(folder, config, seed, data, signals)
+    run = train.open_seed(folder, config, seed, data)
     start = time.monotonic()
     with runtime.logging_to(run.path("run.log")):
         try:
-            for stage in train.STAGES.values():
-                stage(run)
+            train.run_stages(run, train.STAGES)
         except UserError as problem:
             if problem.code != Exit.DIVERGED:
                 raise

@@ -63,7 +63,7 @@ def warn(message: str):
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Append every message to the file `path` (UTF-8) as well."""
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         _open_logs.append(file)
         try:
             yield
@@ -145,9 +145,11 @@ class Signals:
         }
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
+        if self.received is not None and kind is None:  # it came after the last look
+            raise Interrupted(self.received)
 
     def _handle(self, signum, frame):
         if self.received is not None and signum == signal.SIGINT:
@@ -167,10 +169,15 @@ def run_script(main: Callable[[], None]):
     A mistake that the reader can mend is one line on stderr; a bug keeps its traceback.
     """
     tame_malloc()
+    signal.signal(signal.SIGTERM, _terminated)
     with contextlib.suppress(AttributeError):  # an ASCII terminal prints '?', not a traceback
         sys.stdout.reconfigure(errors="replace")
         sys.stderr.reconfigure(errors="replace")
     sys.exit(int(_ending(main)))
+
+
+def _terminated(signum, frame):
+    raise Interrupted(signum)
 
 
 def _ending(main) -> Exit:
@@ -317,7 +324,7 @@ def _cannot_write(path: Path, problem: OSError, needed: int | None = None) -> Us
     return UserError(
         Exit.WRITE,
         f"cannot write {path}: {problem.strerror or problem}{space}; what was there is intact. "
-        "Make room or choose another --out",
+        "Make room, or choose another --out or --cache",
     )
 
 

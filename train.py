@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import Config, Exit, Parser, UserError, add_options, config_from
@@ -60,7 +60,7 @@ class Run:
     seed: int
     data: Data
     device: torch.device
-    signals: runtime.Signals
+    signals: runtime.Signals = field(default_factory=runtime.Signals)
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -557,12 +557,20 @@ def mean_distance(u: Tensor) -> float:
 STAGES = {"vqvae": train_vqvae, "codes": extract_codes, "dcgan": train_dcgan}
 
 
-def open_seed(folder: Path, config: Config, seed: int, data: Data, signals) -> Run:
+def run_stages(run: Run, names):
+    """Run these stages; a signal saves and ends them."""
+    with run.signals:
+        for name in names:
+            STAGES[name](run)
+
+
+def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
     """The run of one seed in the results folder `folder`, its config.json written."""
     device = runtime.choose_device(config.device)
-    run = Run(folder / f"seed-{seed}", config, seed, data, device, signals)
+    run = Run(folder / f"seed-{seed}", config, seed, data, device)
     settings = {"config": config.to_dict() | {"seed": seed}, "data": data.fingerprint}
     runtime.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
+    runtime.write_json(folder / "data_report.json", data.report)
     return run
 
 
@@ -572,16 +580,11 @@ def main(arguments):
     runtime.check_writable(Path(config.out or "runs"))
     data = open_data(config)
     folder, seed = runtime.results_folder(config, data.fingerprint, "seed" in vars(arguments))
-    with (
-        runtime.writing_alone(folder),
-        runtime.logging_to(folder / "run.log"),
-        runtime.Signals() as signals,
-    ):
-        run = open_seed(folder, config, seed, data, signals)
-        names = list(STAGES) if arguments.stage == "all" else [arguments.stage]
-        for name in names:
-            STAGES[name](run)
-            runtime.say(f"{name} done: {run.folder}")
+    with runtime.writing_alone(folder):
+        run = open_seed(folder, config, seed, data)
+        with runtime.logging_to(run.path("run.log")):
+            run_stages(run, STAGES if arguments.stage == "all" else [arguments.stage])
+            runtime.say(f"{arguments.stage} done: {run.folder}")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def generator() -> Figure:
         write(ax, (x0 + x1) / 2, y + 12, f"stride {stride}", size=7.5, color=CONV)
     table(ax, [62, 178, 350, 488, 606, 788])
     text = "transposed convolution, kernel 4 × 4; "
-    text += "then PixelNorm and LeakyReLU (original: BatchNorm and ReLU), at the end tanh"
+    text += "then LayerNorm and LeakyReLU (original: BatchNorm and ReLU), at the end tanh"
     arrow(ax, (112, 22), (134, 22), CONV)
     write(ax, 142, 22, text, ha="left")
     return fig

@@ -51,7 +51,9 @@ class StopAfter:
 
 
 def a_run(folder, data, stop=math.inf, config=TINY, seed=0) -> train.Run:
-    return train.open_seed(folder, config, seed, data, StopAfter(stop))
+    run = train.open_seed(folder, config, seed, data)
+    run.signals = StopAfter(stop)
+    return run
 
 
 def train_all(run):
