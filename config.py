@@ -130,7 +130,7 @@ class Config:
         "loss: 4 L1 + (1 - SSIM of a random crop), or squared error over data variance",
         choices=("ssim", "mse"),
     )
-    lr: float = option(2e-3, "Adam's learning rate, VQ-VAE", low=1e-8, high=1)
+    lr: float = option(3e-3, "Adam's learning rate, VQ-VAE", low=1e-8, high=1)
     schedule: str = option(
         "cosine", "learning rate of both stages over time", choices=("cosine", "constant")
     )

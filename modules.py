@@ -268,9 +268,14 @@ class VQVAE(nn.Module):
         self.decoder = make_decoder(dim, widths, blocks, upsampling)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
-        """Images (B, 1, H, W) -> reconstructions (B, 1, H, W), not clipped, and the codes."""
+    def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Quantized | None]:
+        """Images (B, 1, H, W) -> reconstructions (B, 1, H, W), not clipped, and the codes.
+
+        quantize False: the plain autoencoder, whose decoder reads z itself.
+        """
         a = self.encoder(x.contiguous(memory_format=torch.channels_last)) # (B, A, h, w)
+        if not quantize:
+            return self.decoder(self.pre_vq(a)), None                     # (B, 1, H, W)
         with torch.autocast(x.device.type, enabled=False):  # codes differ by little: float32
             quantized = self.quantizer(a.float(), self.pre_vq, a.dtype)
         return self.decoder(quantized.embedding), quantized               # (B, 1, H, W)
@@ -291,7 +296,7 @@ class VQVAE(nn.Module):
 
 
 def make_vqvae(config: Config) -> VQVAE:
-    return VQVAE(
+    model = VQVAE(
         config.codes,
         config.code_dim,
         config.widths,
@@ -299,6 +304,24 @@ def make_vqvae(config: Config) -> VQVAE:
         config.upsampling,
         config.codebook,
     )
+    # The original recipe keeps torch's own start, whose signals shrink from layer to layer.
+    if config.codebook == "ema":
+        model.apply(start_awake)
+        model.decoder[-1].weight.data.mul_(0.1)  # dark pictures: the first steps raise filters
+    return model
+
+
+@torch.no_grad()
+def start_awake(module: nn.Module):
+    """He's start, each filter's sign chosen so that its weights have a positive sum.
+
+    Slices and the outputs of ReLU are nowhere negative and these convolutions have no bias: a
+    filter of negative sum rests at 0 almost everywhere and seldom wakes. With random signs
+    half of the 8 channels before the quantiser were lost, which ones being up to the seed.
+    """
+    start_at_he(module)
+    if isinstance(module, nn.Conv2d):
+        module.weight.mul_(module.weight.sum((1, 2, 3), keepdim=True).sign())
 
 
 def perplexity(counts: Tensor) -> float:
@@ -481,18 +504,19 @@ def start_at_002(module: nn.Module):
 
 
 def start_at_he(module: nn.Module):
-    """Weights that keep the variance through LeakyReLU(0.2), He et al. 2015 (1502.01852)."""
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.kaiming_normal_(module.weight, 0.2)
-        if isinstance(module, nn.ConvTranspose2d) and module.stride[0] == 2:
-            # A transposed kernel of 4 at stride 2 meets each output with a quarter of its taps,
-            # and its fan-in, as torch counts it, is that of the output channels.
-            ins = module.weight.shape[0]
-            nn.init.normal_(module.weight, 0.0, math.sqrt(2 / (1.04 * 4 * ins)))
-        elif isinstance(module, nn.ConvTranspose2d):
-            nn.init.normal_(module.weight, 0.0, math.sqrt(2 / (1.04 * module.weight.shape[0])))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    """Weights that keep the variance through (leaky) ReLU, He et al. 2015 (1502.01852), eq. 10.
+
+    A transposed kernel of 4 at stride 2 meets each output with a quarter of its taps.
+    """
+    if isinstance(module, nn.Conv2d):
+        taps = module.weight[0].numel()
+    elif isinstance(module, nn.ConvTranspose2d):
+        taps = module.weight.shape[0] * (4 if module.stride[0] == 2 else 1)
+    else:
+        return
+    nn.init.normal_(module.weight, 0.0, math.sqrt(2 / taps))
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ map), `dcgan_best.pt`, `log.csv`. Also a script: `python train.py --stage vqvae|
 """
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -44,6 +45,8 @@ COLUMNS = (
 
 ROWS = 40  # rows of log.csv per stage
 CHECKPOINT_EVERY_S = 60
+WARM_UP = 0.05  # share of a stage's steps over which the learning rate rises
+PLAIN = 0.1  # share of the VQ-VAE's steps before its codebook starts from what z has become
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
@@ -137,9 +140,11 @@ class Stage:
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def lr(self, base: float) -> float:
+        """Cosine (Loshchilov and Hutter 2017, arXiv:1608.03983) after a linear warm-up."""
         if self.run.config.schedule == "constant":
             return base
-        return base * max(0.01, 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
+        warm = min(1.0, (self.step + 1) / (WARM_UP * self.steps + 1))
+        return base * warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
 
     def after_step(self, values: dict[str, Tensor], measure: Callable[[], dict], lr: float):
         """Count the step; then a log row, a checkpoint, an end by signal, if they are due."""
@@ -182,9 +187,14 @@ class Stage:
 def order_of(seed: int, purpose: int, n: int, start: int, count: int) -> np.ndarray:
     """Items start .. start+count-1 of an endless sequence of shuffled epochs of range(n)."""
     places = np.arange(start, start + count)
-    epochs = np.unique(places // n)
-    shuffled = {e: torch.randperm(n, generator=generator_of(seed, purpose, e)) for e in epochs}
-    return np.array([shuffled[p // n][p % n] for p in places])
+    epochs = range(start // n, (start + count - 1) // n + 1)
+    parts = [permutation(seed, purpose, n, e)[places[places // n == e] % n] for e in epochs]
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, purpose: int, n: int, epoch: int) -> np.ndarray:
+    return torch.randperm(n, generator=generator_of(seed, purpose, epoch)).numpy()
 
 
 def evenly(n: int, count: int) -> np.ndarray:
@@ -192,10 +202,10 @@ def evenly(n: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
 
 
-def seeded(seed: int, make: Callable):
+def seeded(seed: int, network: int, make: Callable):
     """Call `make` with torch's global random state set, and put it back afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(generator_of(seed, WEIGHTS).initial_seed()))
+        torch.manual_seed(generator_of(seed, WEIGHTS, network).initial_seed())
         return make()
 
 
@@ -205,47 +215,59 @@ def seeded(seed: int, make: Callable):
 def train_vqvae(run: Run):
     """Train until `vqvae_kimg`; `vqvae_best.pt` holds the weights of best validation SSIM."""
     config, train = run.config, run.data.train
-    model = seeded(run.seed, lambda: modules.make_vqvae(config)).to(run.device)
+    model = seeded(run.seed, 0, lambda: modules.make_vqvae(config)).to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     parts = {"model": model, "optimizer": optimizer}
     stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
-    if stage.nimg == 0 and config.codebook == "ema":
-        start_codebook(model, train, run)
+    plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
     variance = data_variance(train)
     while not stage.done:
+        if stage.step == plain and config.codebook == "ema":
+            start_codebook(model, train, run)
         lr = stage.lr(config.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
         images = train.batch(rows).to(run.device)
-        values = vqvae_step(model, optimizer, images, variance, run, stage.step, stage.steps)
+        quantize = stage.step >= plain
+        values = vqvae_step(model, optimizer, images, variance, stage, quantize)
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
     stage.shown.close()
 
 
-def vqvae_step(model, optimizer, images, variance, run, step, steps) -> dict[str, Tensor]:
-    """One step on images (B, 1, 256, 256): eq. 3 of arXiv:1711.00937, and the codebook."""
-    config = run.config
-    with runtime.autocast(run.device, config.precision):
-        output, quantized = model(images)
-    crop = generator_of(run.seed, CROP, step)
+def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str, Tensor]:
+    """One step on images (B, 1, 256, 256): eq. 3 of arXiv:1711.00937, and the codebook.
+
+    quantize False: the plain autoencoder. At first z moves fast, and codes that follow it
+    would be lost; they start when it has settled.
+    """
+    config, crop = stage.run.config, generator_of(stage.run.seed, CROP, stage.step)
+    with runtime.autocast(images.device, config.precision):
+        output, quantized = model(images, quantize)
     reconstruction = reconstruction_loss(output.float(), images, config, variance, crop)
-    loss = reconstruction + config.commitment * quantized.commitment
+    loss, values = reconstruction, {"reconstruction": reconstruction}
+    if quantized is not None:
+        loss = loss + config.commitment * quantized.commitment
+        values["commitment"] = quantized.commitment
     if config.codebook == "loss":
         loss = loss + quantized.codebook_loss
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
+    if quantized is not None and config.codebook == "ema":
+        values["revived"] = update_codebook(model, quantized, stage)
+    return {"loss": loss, **values}
+
+
+def update_codebook(model: VQVAE, quantized, stage: Stage) -> Tensor:
+    """Move the codes; now and then revive the unused. Returns how many were, as a float ()."""
+    quantizer, step = model.quantizer, stage.step
+    quantizer.update(quantized.counts, quantized.sums, stage.run.config.codebook_decay)
     revived = 0
-    if config.codebook == "ema":
-        model.quantizer.update(quantized.counts, quantized.sums, config.codebook_decay)
-        if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.7 * steps:
-            draw = generator_of(run.seed, REVIVE, step)
-            revived = model.quantizer.revive(quantized, model.pre_vq, REVIVE_BELOW, draw)
-    return {
-        "loss": loss, "reconstruction": reconstruction, "commitment": quantized.commitment,
-        "revived": torch.tensor(float(revived)),
-    }  # fmt: skip
+    if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.7 * stage.steps:
+        draw = generator_of(stage.run.seed, REVIVE, step)
+        revived = quantizer.revive(quantized, model.pre_vq, REVIVE_BELOW, draw)
+    return torch.tensor(float(revived))
 
 
 def reconstruction_loss(
@@ -270,9 +292,10 @@ def data_variance(train: BrainSlices) -> float:
 def start_codebook(model: VQVAE, train: BrainSlices, run: Run):
     """Codes start as encoder outputs, spread by k-means++ (Arthur and Vassilvitskii 2007)."""
     rows = order_of(run.seed, START, len(train), 0, min(64, len(train)))
-    _, quantized = model(train.batch(rows).to(run.device))
-    vectors = modules.project(quantized.inputs, model.pre_vq).cpu()
-    vectors = vectors.unique(dim=0)  # background is one vector, many times
+    z = model.pre_vq(model.encoder(train.batch(rows).to(run.device)))  # (B, D, h, w)
+    vectors = (
+        z.permute(0, 2, 3, 1).flatten(0, 2).cpu().unique(dim=0)
+    )  # background is one vector, many times
     codes = len(model.quantizer.codebook)
     draw = generator_of(run.seed, START)
     vectors = vectors[torch.randperm(len(vectors), generator=draw)[: 32 * codes]]
@@ -397,11 +420,16 @@ class Gan:
             run.path("codes.pt"), stage="codes", **run.fingerprint()
         )
         self.code_map = CodeMap(values["used"], config.codes).to(run.device)
+        if values["maps"] != runtime.checksum(run.path("codes.npy")):
+            raise UserError(
+                Exit.CHECKPOINT, f"{run.path('codes.npy')} is damaged; run --stage codes again"
+            )
         self.maps = np.load(run.path("codes.npy"), mmap_mode="r")
         self.levels = torch.from_numpy(run.data.train.levels)
         self.level_table = values["levels"]
-        self.G = seeded(run.seed, lambda: modules.make_generator(config)).to(run.device)
-        self.D = seeded(run.seed + 1, lambda: modules.make_discriminator(config)).to(run.device)
+        self.G = seeded(run.seed, 1, lambda: modules.make_generator(config)).to(run.device)
+        self.D = seeded(run.seed, 2, lambda: modules.make_discriminator(config))
+        self.D.to(run.device)
         self.average = copy.deepcopy(self.G).eval().requires_grad_(False)
         betas = (config.gan_beta1, 0.999 if config.gan_loss == "bce" else 0.99)
         adam = {"lr": config.gan_lr, "betas": betas, "fused": True}
