@@ -136,7 +136,7 @@ class Config:
     )
     batch_size: int = option(32, "slices per step, over all processes", low=1, high=65536)
     vqvae_kimg: float = option(
-        48.0, "training length in thousands of slices seen", low=0.001, high=1e7
+        28.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
     # DCGAN (Radford et al. 2016, arXiv:1511.06434)
@@ -164,7 +164,7 @@ class Config:
     )
     gan_batch_size: int = option(64, "maps per step, over all processes", low=1, high=65536)
     gan_kimg: float = option(
-        256.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        120.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     # Evaluation
