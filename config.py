@@ -123,7 +123,7 @@ class Config:
     )
     commitment: float = option(0.25, "beta of eq. 3", low=0, high=100)
     codebook_decay: float = option(
-        0.99, "EMA decay per step of codebook sums", low=0, high=0.99999
+        0.9, "EMA decay per step of codebook sums", low=0, high=0.99999
     )
     reconstruction: str = option(
         "ssim",
@@ -136,7 +136,7 @@ class Config:
     )
     batch_size: int = option(32, "slices per step, over all processes", low=1, high=65536)
     vqvae_kimg: float = option(
-        28.0, "training length in thousands of slices seen", low=0.001, high=1e7
+        24.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
     # DCGAN (Radford et al. 2016, arXiv:1511.06434)
@@ -209,18 +209,18 @@ def _plain(value):
 PRESETS = {
     "quick": {},
     "smoke": {
-        "subjects": (12, 3, 3), "vqvae_kimg": 2, "gan_kimg": 4, "samples": 64,
+        "subjects": (12, 3, 3), "vqvae_kimg": 2.0, "gan_kimg": 4.0, "samples": 64,
     },
-    "long": {"vqvae_kimg": 130, "gan_kimg": 700},
+    "long": {"vqvae_kimg": 60.0, "gan_kimg": 360.0},
     "full": {
-        "widths": (64, 32), "residual_blocks": 2, "vqvae_kimg": 400,
-        "gan_widths": (128, 64), "gan_kimg": 2000, "batch_size": 64,
+        "widths": (64, 32), "residual_blocks": 2, "vqvae_kimg": 400.0,
+        "gan_widths": (128, 64), "gan_kimg": 2000.0, "batch_size": 64,
     },
     "classic": {
         "upsampling": "bilinear", "codebook": "loss", "reconstruction": "mse", "lr": 1e-3,
-        "schedule": "constant", "batch_size": 128, "vqvae_kimg": 192, "order": "raw",
+        "schedule": "constant", "batch_size": 128, "vqvae_kimg": 192.0, "order": "raw",
         "gan_loss": "bce", "gan_widths": (128, 64), "map_channels": 3, "gan_beta1": 0.5,
-        "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0,
+        "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0.0,
     },
 }  # fmt: skip
 

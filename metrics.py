@@ -101,9 +101,9 @@ class _Blur(torch.autograd.Function):
 
 def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Luminance and contrast-structure at every whole window; their product is SSIM."""
-    x, y = x[:, 0].float(), y[:, 0].float()  # (B,H,W)
-    maps = _Blur.apply(torch.stack([x, y, x * x + y * y, x * y]))  # (4,B,h,w)
-    mean_x, mean_y, squares, product = maps.unbind()  # (B,h,w)
+    x, y = x[:, 0].float(), y[:, 0].float()                                 # (B,H,W)
+    maps = _Blur.apply(torch.stack([x, y, x * x + y * y, x * y]))           # (4,B,h,w)
+    mean_x, mean_y, squares, product = maps.unbind()                        # (B,h,w)
     means, mean_squares = mean_x * mean_y, mean_x * mean_x + mean_y * mean_y
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * means + c1) / (mean_squares + c1)
@@ -114,33 +114,33 @@ def _ssim_maps(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 # Wang et al. 2004 (doi:10.1109/TIP.2003.819861), eq. 13: window 11, sigma 1.5, data range 1
 def ssim_core(x: Tensor, y: Tensor) -> Tensor:
     """SSIM per image, unchecked and differentiable: for losses, on any (B,1,H,W), H W >= 11."""
-    luminance, contrast = _ssim_maps(x, y)  # (B,h,w)
-    return (luminance * contrast).flatten(1).mean(1)  # (B,)
+    luminance, contrast = _ssim_maps(x, y)                                  # (B,h,w)
+    return (luminance * contrast).flatten(1).mean(1)                        # (B,)
 
 
 # Wang et al. 2003 (doi:10.1109/ACSSC.2003.1292216), eq. 7; negative factors count as 0
 def _ms_ssim_core(x: Tensor, y: Tensor) -> Tensor:
     weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-    result = torch.ones(len(x), device=x.device)  # (B,)
+    result = torch.ones(len(x), device=x.device)                            # (B,)
     for level, weight in enumerate(weights):
         luminance, contrast = _ssim_maps(x, y)
         last = level == len(weights) - 1
         factor = (luminance * contrast if last else contrast).flatten(1).mean(1)  # (B,)
         result = result * factor.clamp(min=0) ** weight
         if not last:
-            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)  # (B,1,H/2,W/2)
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)                   # (B,1,H/2,W/2)
     return result
 
 
 def _brain_ssim_core(x: Tensor, y: Tensor) -> Tensor:
-    luminance, contrast = _ssim_maps(x, y)  # (B,h,w)
+    luminance, contrast = _ssim_maps(x, y)                                  # (B,h,w)
     return _masked_mean(luminance * contrast, brain_mask(x)[:, 5:-5, 5:-5])
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of (B,h,w) inside the mask; over everything where the mask is empty."""
     mask = (mask | ~mask.flatten(1).any(1)[:, None, None]).float()
-    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)  # (B,)
+    return (values * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)       # (B,)
 
 
 def _per_image(core, x: Tensor, y: Tensor, smallest: int) -> Tensor:
@@ -149,7 +149,7 @@ def _per_image(core, x: Tensor, y: Tensor, smallest: int) -> Tensor:
     if min(x.shape[2:]) < smallest:
         raise ValueError(f"images are {tuple(x.shape[2:])}: at least {smallest} pixels needed")
     batches = zip(x.split(MICRO_BATCH), y.split(MICRO_BATCH), strict=True)
-    return torch.cat([core(a, b) for a, b in batches])  # (N,)
+    return torch.cat([core(a, b) for a, b in batches])                      # (N,)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -186,22 +186,22 @@ def psnr_in_brain(x: Tensor, y: Tensor) -> Tensor:
 
 def brain_mask(x: Tensor) -> Tensor:
     """Pixels with foreground on all four sides: the brain with its holes filled."""
-    bright = (x[:, 0] > FOREGROUND).to(torch.uint8)  # (N,H,W)
+    bright = (x[:, 0] > FOREGROUND).to(torch.uint8)                         # (N,H,W)
     before = [bright.cummax(d).values for d in (1, 2)]
     after = [bright.flip(d).cummax(d).values.flip(d) for d in (1, 2)]
-    return (before[0] & before[1] & after[0] & after[1]).bool()  # (N,H,W)
+    return (before[0] & before[1] & after[0] & after[1]).bool()             # (N,H,W)
 
 
 def brain_box(x: Tensor) -> Tensor:
     """Foreground box: top, left, bottom, right (the last two exclusive); else the frame."""
     check_images(x)
-    bright = x[:, 0] > FOREGROUND  # (N,H,W)
+    bright = x[:, 0] > FOREGROUND                                           # (N,H,W)
     bright = bright | ~bright.flatten(1).any(1)[:, None, None]
     starts, stops = [], []
-    for side in (bright.any(2), bright.any(1)):  # (N,H), (N,W)
+    for side in (bright.any(2), bright.any(1)):                             # (N,H), (N,W)
         starts.append(side.int().argmax(1))
         stops.append(side.shape[1] - side.flip(1).int().argmax(1))
-    return torch.stack(starts + stops, 1)  # (N,4)
+    return torch.stack(starts + stops, 1)                                   # (N,4)
 
 
 # --- features -----------------------------------------------------------------------------
@@ -231,9 +231,9 @@ class RandomFeatures:
         x = x.contiguous(memory_format=torch.channels_last)
         means = []
         for weight in self.weights:
-            x = F.relu(F.conv2d(x, weight.to(x), stride=2))  # (B,C,H/2,W/2)
-            means.append(x.mean((2, 3)))  # (B,C)
-        return torch.cat(means, 1)  # (B,F)
+            x = F.relu(F.conv2d(x, weight.to(x), stride=2))                 # (B,C,H/2,W/2)
+            means.append(x.mean((2, 3)))                                    # (B,C)
+        return torch.cat(means, 1)                                          # (B,F)
 
     def features(self, x: Tensor) -> Tensor:
         """(N,F) features of the image at half resolution: shape and contrast."""
@@ -249,9 +249,9 @@ class RandomFeatures:
 def high_pass(x: Tensor) -> Tensor:
     """x minus its 5x5 mean (zeros outside), as sums of shifted copies: faster than pooling."""
     height, width = x.shape[2:]
-    padded = F.pad(x, (2, 2, 2, 2))  # (B,1,H+4,W+4)
-    rows = sum(padded[..., k : k + width] for k in range(5))  # (B,1,H+4,W)
-    return x - sum(rows[..., k : k + height, :] for k in range(5)) / 25  # (B,1,H,W)
+    padded = F.pad(x, (2, 2, 2, 2))                                         # (B,1,H+4,W+4)
+    rows = sum(padded[..., k : k + width] for k in range(5))                # (B,1,H+4,W)
+    return x - sum(rows[..., k : k + height, :] for k in range(5)) / 25     # (B,1,H,W)
 
 
 # --- set against set: features ------------------------------------------------------------
@@ -298,9 +298,9 @@ def prdc(real, fake, k: int = 5) -> dict[str, float]:
     real, fake = as_features(real, "real features"), as_features(fake, "fake features")
     if len(real) != len(fake) or not 0 < k < len(real):
         raise ValueError(f"prdc: equal N > k = {k} needed, got {len(real)} and {len(fake)}")
-    radius_real = np.sort(_distances(real, real), 1)[:, k]  # (N,)
-    radius_fake = np.sort(_distances(fake, fake), 1)[:, k]  # (N,)
-    apart = _distances(real, fake)  # (N,N)
+    radius_real = np.sort(_distances(real, real), 1)[:, k]                  # (N,)
+    radius_fake = np.sort(_distances(fake, fake), 1)[:, k]                  # (N,)
+    apart = _distances(real, fake)                                          # (N,N)
     inside = apart <= radius_real[:, None]
     return {
         "precision": float(inside.any(0).mean()),
@@ -355,8 +355,8 @@ def memorisation(sample, held_out, train) -> dict[str, float]:
     training slice: about 0.05 for new brains, near 1 for copies.
     """
     sample, held_out, train = (as_features(a) for a in (sample, held_out, train))
-    near = _distances(sample, train).min(1)  # (N,)
-    near_held_out = _distances(held_out, train).min(1)  # (M,)
+    near = _distances(sample, train).min(1)                                 # (N,)
+    near_held_out = _distances(held_out, train).min(1)                      # (M,)
     return {
         "share_below_5th_percentile": float((near < np.percentile(near_held_out, 5)).mean()),
         "median_sample_distance": float(np.median(near)),
@@ -385,7 +385,7 @@ def seed_score(sample: Tensor, test_images: Tensor) -> dict[str, float]:
     It rewards blur and copying: print it only labelled "as the seed counts it".
     """
     sample = sample.reshape(1, 1, *sample.shape[-2:]).expand(len(test_images), -1, -1, -1)
-    scores = ssim(sample, test_images)  # (N,)
+    scores = ssim(sample, test_images)                                      # (N,)
     return {"mean": float(scores.mean()), "share_above": float((scores > 0.6).float().mean())}
 
 
@@ -397,12 +397,12 @@ def thumbnails(x: Tensor) -> Tensor:
 
 def nearest(x: Tensor, bank: Tensor, k: int = 8) -> tuple[Tensor, Tensor]:
     """Distances and indices (N,k) of the k nearest of the bank by L2 of 64x64 thumbnails."""
-    x, bank = (thumbnails(z).flatten(1) for z in (x, bank))  # (N,4096)
+    x, bank = (thumbnails(z).flatten(1) for z in (x, bank))                 # (N,4096)
     if k > len(bank):
         raise ValueError(f"nearest: k = {k} of {len(bank)} images")
     rough = (torch.cdist(part, bank) for part in x.split(64))  # fast, but not 0 for copies
-    found = torch.cat([d.topk(k, largest=False).indices for d in rough])  # (N,k)
-    exact = (x[:, None] - bank[found]).norm(dim=2)  # (N,k)
+    found = torch.cat([d.topk(k, largest=False).indices for d in rough])    # (N,k)
+    exact = (x[:, None] - bank[found]).norm(dim=2)                          # (N,k)
     exact, order = exact.sort(1)
     return exact, found.gather(1, order)
 
@@ -410,7 +410,7 @@ def nearest(x: Tensor, bank: Tensor, k: int = 8) -> tuple[Tensor, Tensor]:
 def ssim_to_nearest(x: Tensor, bank: Tensor, samples: int = 128, k: int = 8) -> float:
     """Mean, over the first `samples`, of the highest SSIM among the k nearest of the bank."""
     x = x[:samples]
-    _, found = nearest(x, bank, min(k, len(bank)))  # (N,k)
+    _, found = nearest(x, bank, min(k, len(bank)))                          # (N,k)
     return float(torch.stack([ssim(x, bank[column]) for column in found.T]).amax(0).mean())
 
 
@@ -422,8 +422,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, seed: int = 0, patches: int = 32) -
     generator = torch.Generator().manual_seed(seed)
     result, size = {}, x.shape[2]
     while size >= 16:
-        a, b = _laplacian(x, size > 31), _laplacian(y, size > 31)  # (N,1,h,w)
-        a, b = (_patches(z, patches, generator) for z in (a, b))  # (N*P,49)
+        a, b = _laplacian(x, size > 31), _laplacian(y, size > 31)           # (N,1,h,w)
+        a, b = (_patches(z, patches, generator) for z in (a, b))            # (N*P,49)
         mean, sd = a.mean(), a.std().clamp(min=1e-8)
         directions = F.normalize(torch.randn(49, 128, generator=generator), dim=0).to(a)
         a, b = (((z - mean) / sd @ directions).sort(0).values for z in (a, b))
@@ -454,7 +454,7 @@ def radial_spectrum(x: Tensor) -> Tensor:
     if x.shape[3] != side:
         raise ValueError(f"radial_spectrum: square images needed, got {tuple(x.shape[2:])}")
     spectra = (torch.fft.rfft2(b[:, 0]).abs().square().sum(0) for b in x.split(32))
-    power = (sum(spectra) / n).cpu().flatten()  # (H*(W/2+1),)
+    power = (sum(spectra) / n).cpu().flatten()                              # (H*(W/2+1),)
     rows, columns = torch.fft.fftfreq(side, 1 / side), torch.arange(side // 2 + 1)
     ring = torch.hypot(rows[:, None], columns[None].float()).round().long().flatten()
     twice = torch.where((columns > 0) & (columns < side / 2), 2.0, 1.0).repeat(side)
@@ -496,7 +496,7 @@ def total_variation(a, b) -> float:
 
 def code_pairs(index_maps: Tensor, codes: int) -> tuple[csr_array, csr_array]:
     """How often code i has code j to its right; and below it. Each (K,K), sparse."""
-    maps = index_maps.cpu().numpy()  # (N,h,w)
+    maps = index_maps.cpu().numpy()                                         # (N,h,w)
 
     def count(a, b):
         ones = np.ones(a.size)
@@ -521,7 +521,7 @@ def jpeg_webp_at(x: Tensor, bpp: float) -> dict[str, dict[str, float]]:
     "over": share of images that exceed it even at quality 1 (they count at quality 1).
     """
     check_images(x)
-    pixels = (x[:, 0] * 255).round().byte().cpu().numpy()  # (N,H,W)
+    pixels = (x[:, 0] * 255).round().byte().cpu().numpy()                   # (N,H,W)
     limit, result = bpp * pixels[0].size / 8, {}
     flags = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "webp": cv2.IMWRITE_WEBP_QUALITY}
     for name, flag in flags.items():
@@ -529,7 +529,7 @@ def jpeg_webp_at(x: Tensor, bpp: float) -> dict[str, dict[str, float]]:
         with ThreadPoolExecutor(2) as pool:
             coded = list(pool.map(encode, pixels))
         decoded = np.stack([cv2.imdecode(c, cv2.IMREAD_GRAYSCALE) for c in coded])
-        y = torch.from_numpy(decoded)[:, None].to(x.device).float() / 255  # (N,1,H,W)
+        y = torch.from_numpy(decoded)[:, None].to(x.device).float() / 255   # (N,1,H,W)
         sizes = np.array([c.size for c in coded])
         result["jpeg" if name == "jpg" else name] = {
             "ssim": float(ssim(x, y).mean()),

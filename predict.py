@@ -55,7 +55,7 @@ import figures
 import metrics
 import modules
 import runtime
-from dataset import Data, open_data, read_slices
+from dataset import BrainSlices, Data, open_data, read_slices
 
 # --- a finished run -----------------------------------------------------------------------
 
@@ -218,6 +218,12 @@ class Sets:
     n: int
 
 
+def in_parts(measure, split: BrainSlices, indices: np.ndarray) -> Tensor:
+    """`measure` of many slices of a split, which need not fit into memory together."""
+    parts = np.array_split(indices, max(1, len(indices) // 256))
+    return torch.cat([measure(split.batch(part)) for part in parts])
+
+
 def make_sets(run: TrainedRun, data: Data, test: Tensor) -> Sets:
     """Training slices twice (disjoint draws), reconstructions of the second, unseen people, and
     generated slices."""
@@ -233,9 +239,9 @@ def make_sets(run: TrainedRun, data: Data, test: Tensor) -> Sets:
     }
     images["reconstruction"] = run.reconstruct(images["train_again"])[1]
     network = metrics.RandomFeatures()
-    pool = data.train.batch(order[: 4 * n])
-    floor, _ = metrics.relative_floor(network.features(pool), n)
-    fine_floor, _ = metrics.relative_floor(network.fine_features(pool), n)
+    pool = order[: 4 * n]
+    floor, _ = metrics.relative_floor(in_parts(network.features, data.train, pool), n)
+    fine_floor, _ = metrics.relative_floor(in_parts(network.fine_features, data.train, pool), n)
     features = {name: network.features(x) for name, x in images.items()}
     fine = {name: network.fine_features(x) for name, x in images.items()}
     return Sets(images, features, fine, floor, fine_floor, n)
@@ -335,9 +341,10 @@ def save_figures(run: TrainedRun, data: Data, rows: list[dict]):
     test = data.test.batch(np.linspace(0, len(data.test) - 1, 18).astype(int))
     maps, outputs = run.reconstruct(test)
     new_maps, new = run.sample(18)
-    real, back, drawn = (x[:, 0].numpy() for x in (test, outputs, new))  # (18, 256, 256)
-    bank = data.train.batch(np.arange(len(data.train)))
+    real, back, drawn = (x[:, 0].numpy() for x in (test, outputs, new))
+    bank = in_parts(metrics.thumbnails, data.train, np.arange(len(data.train)))
     distances, nearest = metrics.nearest(new[:16], bank, k=1)
+    neighbours = data.train.batch(nearest[:, 0])[:, 0].numpy()
     similarity = metrics.ssim(test[:8], outputs[:8]).tolist()
     counts = run.counts[run.code_map.used.cpu()].numpy()
     perplexity = modules.perplexity(run.counts)
@@ -354,7 +361,7 @@ def save_figures(run: TrainedRun, data: Data, rows: list[dict]):
             run.ranks(new_maps[:16]), drawn[:16], used, stamp=stamp
         ),
         "nearest_training": lambda: figures.nearest(
-            drawn[:16], bank[nearest[:, 0], 0].numpy(), distances[:, 0].tolist(), stamp=stamp
+            drawn[:16], neighbours, distances[:, 0].tolist(), stamp=stamp
         ),
         "real_beside_generated": lambda: figures.real_beside_generated(
             real[::2], back[::2], drawn[:9], stamp

@@ -1,0 +1,101 @@
+"""The README says what the code does, and the tree holds what it should."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from config import PRESETS, Config, fields
+from modules import architecture_table, make_vqvae
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+
+def test_the_architecture_table_is_the_one_that_the_code_prints():
+    shown = README.split("<!-- architecture -->")[1].split("<!-- /architecture -->")[0]
+    assert shown.strip() == architecture_table(make_vqvae(Config()))
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {"--" + f.name.replace("_", "-") for f in fields(Config)}
+    known |= {"--n", "--stage", "--help"}
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert shown <= known, shown - known
+
+
+def test_the_readme_names_every_file_preset_and_column():
+    for name in [path.name for path in SCRIPTS] + list(PRESETS) + list(train.COLUMNS):
+        assert f"`{name}`" in README, name
+
+
+def test_local_links_and_pictures_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_presets_are_valid_and_differ_from_the_default():
+    default = Config()
+    for name, changes in PRESETS.items():
+        made = Config(preset=name, **changes)
+        assert all(getattr(default, k) != v for k, v in changes.items()), name
+        assert Config.from_dict(made.to_dict()) == made
+
+
+ORDER = [
+    "config", "embedded", "decoding", "modules", "metrics", "figures", "runtime", "sources",
+    "dataset", "train", "predict", "driver",
+]  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
+    plain = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import)]
+    return {n.module for n in nodes} | {a.name for n in plain for a in n.names}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_a_file_imports_only_what_stands_to_its_left(path):
+    left = ORDER[: ORDER.index(path.stem)]
+    assert imports(path) & set(ORDER) <= set(left)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
+def test_nothing_unsafe_is_called(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert name not in ("eval", "exec"), path
+        assert name != "torch.load" or given.get("weights_only") == "True", path
+        assert "allow_pickle" not in given, path
+    forbidden = {"pickle", "urllib", "urllib.request", "requests", "http.client"}
+    assert not imports(path) & forbidden, path
+
+
+def test_importing_does_nothing(tmp_path):
+    names = ", ".join(path.stem for path in SCRIPTS)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {names}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_no_data_or_weights_are_tracked():
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    names = [name for name in listing.stdout.split("\0") if name]
+    assert names
+    bad = (".pt", ".pth", ".npy", ".npz", ".nii", ".gz", ".hdr", ".img", ".safetensors")
+    assert not [name for name in names if name.endswith(bad)]
+    assert not [name for name in names if (ROOT / name).stat().st_size > 1_500_000]
