@@ -15,6 +15,7 @@ if __name__ == "__main__":  # a mistyped flag must not wait for torch
     add_options(PARSER)
     ARGUMENTS = PARSER.parse_args()
 
+import math
 import statistics
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ def main(arguments):
         seeds = range(first, first + config.runs)
         results = {s: finished(folder, s) for s in sorted(known | set(seeds))}
         for seed in seeds:
-            if results[seed]["status"] != "done":
+            if results[seed]["status"] == "unfinished":
                 results[seed] = one_run(folder, config, seed, data)
                 write_results(folder, results, seeds)
         write_results(folder, results, seeds)
@@ -60,13 +61,13 @@ def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
     with runtime.logging_to(run.path("run.log")):
         try:
             train.run_stages(run, train.STAGES)
-        except UserError as problem:
-            if problem.code != Exit.DIVERGED:
+            trained = predict.load_run(run.folder, str(run.device))
+            result = predict.evaluate_and_save(trained, data)
+        except (UserError, FloatingPointError) as problem:
+            if getattr(problem, "code", Exit.DIVERGED) != Exit.DIVERGED:
                 raise
             runtime.warn(str(problem))
             return {"status": "diverged", "why": str(problem)}
-        trained = predict.load_run(run.folder, str(run.device))
-        result = predict.evaluate_and_save(trained, data)
         minutes = (time.monotonic() - start) / 60
         runtime.say(f"seed {seed}: {minutes:.1f} min, in {run.folder}")
     return finished(folder, seed, result)
@@ -77,7 +78,7 @@ def finished(folder: Path, seed: int, metrics: dict | None = None) -> dict:
     path = folder / f"seed-{seed}" / "metrics.json"
     if metrics is None:
         if not path.exists():
-            return {"status": "unfinished"}
+            return diverged(folder, seed) or {"status": "unfinished"}
         metrics = runtime.read_json(path)
     g, r = metrics["generation"], metrics["reconstruction"]
     return {
@@ -96,10 +97,24 @@ def finished(folder: Path, seed: int, metrics: dict | None = None) -> dict:
     }
 
 
+def choose(results: dict[int, dict]) -> int | None:
+    """The seed of the lowest finite validation score among the runs that came through."""
+    scores = {s: r["validation"][SCORE] for s, r in results.items() if r["status"] == "done"}
+    return min((s for s in scores if math.isfinite(scores[s])), key=scores.get, default=None)
+
+
+def diverged(folder: Path, seed: int) -> dict | None:
+    """The row of a seed that diverged before: it would do so again."""
+    if not (folder / "results.json").exists():
+        return None
+    rows = runtime.read_json(folder / "results.json").get("runs", [])
+    return next((r for r in rows if r["seed"] == seed and r["status"] == "diverged"), None)
+
+
 def write_results(folder: Path, results: dict[int, dict], seeds: range):
     """results.json: all runs, the best of them by validation, mean and sd of test scores."""
+    best = choose(results)
     done = {s: r for s, r in results.items() if r["status"] == "done"}
-    best = min(done, key=lambda s: done[s]["validation"][SCORE], default=None)
     spread = {}
     for name in next(iter(done.values()), {"test": {}})["test"]:
         values = [r["test"][name] for r in done.values()]

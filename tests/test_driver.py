@@ -1,0 +1,52 @@
+"""Selection among runs: validation decides, and only runs that came through take part."""
+
+import itertools
+import json
+import math
+
+import pytest
+
+import driver
+from config import Exit, UserError
+
+
+def done(score: float, ssim: float = 0.9) -> dict:
+    return {"status": "done", "validation": {driver.SCORE: score}, "test": {"ssim": ssim}}
+
+
+RUNS = {
+    "good": done(3.0, 0.8),
+    "better on test only": done(4.0, 0.99),
+    "not a number": done(math.nan),
+    "diverged": {"status": "diverged", "why": "loss"},
+    "unfinished": {"status": "unfinished"},
+}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(RUNS))[::7])
+def test_the_best_finite_validation_score_wins_in_any_order(order):
+    results = {seed: RUNS[name] for seed, name in enumerate(order)}
+    assert order[driver.choose(results)] == "good"
+
+
+def test_results_are_strict_json_with_mean_and_sd(tmp_path):
+    results = {0: done(3.0, 0.8), 1: done(2.0, 0.9), 2: {"status": "diverged", "why": "loss"}}
+    driver.write_results(tmp_path, results, range(3))
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["best"] == "seed-1" and written["finished"]
+    assert written["test_mean_sd"]["ssim"]["mean"] == pytest.approx(0.85)
+    assert written["test_mean_sd"]["ssim"]["sd"] == pytest.approx(0.05 * 2**0.5)
+
+
+def test_an_unfinished_seed_leaves_the_folder_unfinished(tmp_path):
+    driver.write_results(tmp_path, {0: done(3.0), 1: {"status": "unfinished"}}, range(2))
+    assert not json.loads((tmp_path / "results.json").read_text())["finished"]
+
+
+def test_without_a_run_that_came_through_the_exit_is_6(tmp_path):
+    results = {0: {"status": "diverged", "why": "loss"}}
+    driver.write_results(tmp_path, results, range(1))
+    with pytest.raises(UserError) as problem:
+        driver.report(tmp_path, results)
+    assert problem.value.code == Exit.DIVERGED
+    assert driver.finished(tmp_path, 0)["status"] == "diverged"  # and is not tried again
