@@ -134,16 +134,16 @@ class Config:
     schedule: str = option(
         "cosine", "learning rate of both stages over time", choices=("cosine", "constant")
     )
-    batch_size: int = option(32, "slices per step, over all processes", low=1, high=65536)
+    batch_size: int = option(32, "slices per step", low=1, high=65536)
     vqvae_kimg: float = option(
         24.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
     # DCGAN (Radford et al. 2016, arXiv:1511.06434)
     order: str = option(
-        "pc1",
-        "of the codes in GAN space: along principal component 1, or as numbered",
-        choices=("pc1", "raw"),
+        "coordinates",
+        "codes in GAN space: principal coordinates; even bins by component 1; by number",
+        choices=("coordinates", "pc1", "raw"),
     )
     gan_loss: str = option(
         "relativistic",
@@ -153,22 +153,26 @@ class Config:
     gan_widths: tuple[int, int] = option(
         (32, 32), "channels next to the map: generator, discriminator", low=1, high=1024
     )
-    map_channels: int = option(1, "copies of the map that the DCGAN sees", low=1, high=16)
+    map_channels: int = option(
+        4, "C, principal coordinates, or copies of the binned map", low=1, high=64
+    )
     noise_dim: int = option(100, "Z, numbers of noise per sample", low=1, high=4096)
-    gamma: float = option(0.5, "weight of R1 and of R2", low=0, high=1e4)
+    gamma: float = option(5.0, "weight of R1 and of R2", low=0, high=1e4)
     penalty_every: int = option(16, "steps between R1 and R2 penalties", low=1, high=1024)
     gan_lr: float = option(2e-4, "Adam's learning rate, DCGAN", low=1e-8, high=1)
     gan_beta1: float = option(0.0, "Adam's beta 1, DCGAN", low=0, high=0.9999)
     ema_kimg: float = option(
         5.0, "half-life of the generator's weight average, thousands of maps", low=0, high=1e5
     )
-    gan_batch_size: int = option(64, "maps per step, over all processes", low=1, high=65536)
+    gan_batch_size: int = option(64, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
         120.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     # Evaluation
-    samples: int = option(512, "N, generated and real slices compared", low=8, high=10**6)
+    samples: int = option(
+        512, "N, generated and real slices compared", low=8, high=10**6, identity=False
+    )
     precision: str = option(
         "auto",
         "of training; auto: bfloat16 where the hardware has it",

@@ -23,7 +23,7 @@ import torch
 import embedded
 from config import Config, Exit, UserError
 from decoding import SIDE, Unreadable, peak_16bit, read_file
-from runtime import progress, replacing, say, warn, write_json
+from runtime import progress, replacing, say, warn, write_json, write_npy_header
 from sources import LAYOUTS, PARTS, Item, assign_parts, find, printable, stable_hash
 
 CACHE_FORMAT = 1  # raise it when the same files would decode to other pixels
@@ -303,20 +303,15 @@ def _write_slices(path: Path, jobs, work, label: str) -> list[int | str]:
     """Write the slices of all jobs as one .npy file; returns each job's count or fault."""
     table = []
     with open(path, "wb") as file:
-        _write_header(file, 0)
+        write_npy_header(file, np.uint8, (0, SIDE, SIDE))
         for result in _pooled(jobs, functools.partial(_attempt, work), label):
             if not isinstance(result, str):
                 file.write(result.tobytes())
             table.append(result if isinstance(result, str) else len(result))
         file.seek(0)
-        _write_header(file, sum(row for row in table if not isinstance(row, str)))
+        count = sum(row for row in table if not isinstance(row, str))
+        write_npy_header(file, np.uint8, (count, SIDE, SIDE))  # it has room for a longer axis
     return table
-
-
-def _write_header(file, count: int):
-    """Of the .npy format, whose header leaves room for a first axis that grows."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, SIDE, SIDE)}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _attempt(work, job) -> np.ndarray | str:

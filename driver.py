@@ -38,8 +38,9 @@ def main(arguments):
     settings = (f"{k}={v}" for k, v in config.to_dict().items() if v != "")
     runtime.say(f"config: {' '.join(settings)}")
     runtime.say(f"device: {device}, {config.precision} precision")
-    runtime.check_writable(Path(config.out).parent if config.out else Path("runs"))
+    runtime.check_writable(Path(config.out or "runs"))
     data = open_data(config)
+    train.check_enough(data)
     folder, first = runtime.results_folder(config, data.fingerprint, "seed" in arguments)
     with runtime.writing_alone(folder):
         runtime.say(f"results: {folder}")

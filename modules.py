@@ -6,10 +6,10 @@ come from torch's global random state.
 
   images        (B, 1, H, W)  float32 [0,1]      H = W = 256
   index maps    (B, h, w)     int64 0..K-1       h = w = 64
-  GAN space     (B, C, h, w)  float32 (-1,1)     what the DCGAN draws
+  GAN space     (B, C, h, w)  float32            what the DCGAN draws: unit variance or (-1,1)
 
 Dimensions: B batch, H W pixels, h w code-map cells, D code dimension, K codes, U used codes,
-N = B*h*w positions, A channels before the quantiser, C copies of the map, Z noise, L level
+N = B*h*w positions, A channels before the quantiser, C channels of GAN space, Z noise, L level
 features.
 """
 
@@ -137,7 +137,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, codes: int, dim: int, learned_by: str):
         super().__init__()
-        start = (torch.rand(codes, dim, generator=generator_of(0)) * 2 - 1) / codes
+        start = (torch.rand(codes, dim) * 2 - 1) / codes  # uniform, as the original
         if learned_by == "loss":
             self.codebook = nn.Parameter(start)
         else:
@@ -164,7 +164,7 @@ class Quantizer(nn.Module):
         indices = (zero @ keys).argmax(1).repeat(len(a))                  # (N,)
         inside = a[:, :-1].any(1).nonzero().flatten()
         best = [(part @ keys).argmax(1) for part in a[inside].split(4096)]
-        indices[inside] = torch.cat(best) if best else inside
+        indices[inside] = torch.cat(best)
         return indices
 
     def forward(self, a: Tensor, projection: nn.Conv2d, dtype=torch.float32) -> Quantized:
@@ -292,7 +292,10 @@ class VQVAE(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1]."""
         embedding = F.embedding(indices, self.quantizer.codebook)         # (B, h, w, D)
-        return self.decoder(embedding.permute(0, 3, 1, 2)).float().clamp(0, 1)
+        images = self.decoder(embedding.permute(0, 3, 1, 2)).float()      # (B, 1, 4h, 4w)
+        if not torch.isfinite(images).all():
+            raise FloatingPointError("the decoder's output is not finite")
+        return images.clamp(0, 1)
 
 
 def make_vqvae(config: Config) -> VQVAE:
@@ -334,57 +337,76 @@ def perplexity(counts: Tensor) -> float:
 
 
 class CodeMap(nn.Module):
-    """The used codes in an order, and the map from an index to the number the DCGAN sees.
+    """The used codes' places in the space that the DCGAN works in, and the way back.
 
-    A cell of rank r among U used codes becomes the middle of the r-th of U even bins of
-    (-1, 1); binning goes back. Codes differ mostly along one direction, so ranked along the
-    codebook's first principal component an index map is a smooth picture; ranked by their
-    number, which training assigns at random, it is noise.
+    "coordinates": a code is its first C principal coordinates, each at unit variance over the
+    training split; a generated cell becomes the nearest code. Neighbouring numbers are similar
+    code vectors, so that an index map is a smooth picture.
+    "pc1", "raw": a code is the middle of one of U even bins of (-1, 1), ranked along principal
+    component 1 or by its number (the original recipe, in which the map is noise: training
+    numbers codes at random); binning goes back.
     """
 
-    def __init__(self, used: Tensor, codes: int):
-        """used (U,) int64: the used codes in their order."""
+    def __init__(self, used: Tensor, points: Tensor, codes: int):
+        """used (U,) int64: the used codes in their order; points (U, C): their places."""
         super().__init__()
         rank = torch.full((codes,), -1)
         rank[used] = torch.arange(len(used))
         self.register_buffer("used", used)
+        self.register_buffer("points", points)
         self.register_buffer("rank", rank)                                # (K,), -1: never used
+        self.even = points.shape[1] == 1
 
     @classmethod
-    def fit(cls, codebook: Tensor, counts: Tensor, order: str) -> "CodeMap":
+    def fit(cls, codebook: Tensor, counts: Tensor, order: str, channels: int) -> "CodeMap":
         """From the codebook (K, D) and the training split's code histogram (K,)."""
         used = counts.nonzero().flatten()                                 # (U,)
-        if order == "pc1":
-            position = principal_coordinates(codebook[used], counts[used], 1)[:, 0]
-            used = used[position.argsort(stable=True)]
-        return cls(used, len(codebook))
+        y = principal_coordinates(codebook[used], counts[used], channels) # (U, C)
+        if order != "raw":
+            by_pc1 = y[:, 0].argsort(stable=True)
+            used, y = used[by_pc1], y[by_pc1]
+        if order == "coordinates":
+            weight = counts[used].double()[:, None] / counts.sum()        # (U, 1)
+            sd = (weight * y.square()).sum(0).sqrt()                      # (C,)
+            return cls(used, (y / sd.clamp_min(1e-9)).float(), len(codebook))
+        middles = (torch.arange(len(used)) + 0.5) * (2 / len(used)) - 1
+        return cls(used, middles[:, None], len(codebook))
 
-    def encode(self, indices: Tensor, channels: int = 1) -> Tensor:
-        """Index maps (B, h, w) int64 -> (B, C, h, w) float32 in (-1, 1), bin middles.
+    def encode(self, indices: Tensor) -> Tensor:
+        """Index maps (B, h, w) int64 -> (B, C, h, w) float32.
 
         Raises ValueError for a code that the training split never used.
         """
         ranks = self.rank[indices]                                        # (B, h, w)
         if (ranks < 0).any():
             raise ValueError("an index map holds a code that the code map has not seen")
-        u = (ranks + 0.5) * (2 / len(self.used)) - 1                      # (B, h, w)
-        return u[:, None].expand(-1, channels, -1, -1)                    # (B, C, h, w)
+        return F.embedding(ranks, self.points).permute(0, 3, 1, 2)        # (B, C, h, w)
 
     def decode(self, u: Tensor, stretch: bool = False) -> Tensor:
-        """(B, C, h, w) in [-1, 1] -> index maps (B, h, w): even binning over the used codes.
+        """(B, C, h, w) -> index maps (B, h, w): the used code nearest to each cell.
 
-        stretch: bin over each sample's own range instead, as the original recipe does.
-        Raises FloatingPointError if u is not finite.
+        stretch: first spread each sample over (-1, 1), as the original recipe does. Copies of a
+        single channel are averaged. Raises FloatingPointError if u is not finite.
         """
         if not torch.isfinite(u).all():
             raise FloatingPointError("the generator's output is not finite")
-        u = u.float().mean(1)                                             # (B, h, w)
+        u = u.float()
+        if not self.even:
+            cells = u.permute(0, 2, 3, 1).flatten(0, 2)                   # (N, C)
+            ranks = nearest_row(cells, self.points).view(len(u), *u.shape[2:])
+            return self.used[ranks]                                       # (B, h, w)
+        u, U = u.mean(1), len(self.used)                                  # (B, h, w)
         if stretch:
             low, high = u.amin((1, 2), True), u.amax((1, 2), True)        # (B, 1, 1)
             u = (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
-        U = len(self.used)
-        ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)  # +1: the last bin
+        ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)        # +1: the last bin
         return self.used[ranks]                                           # (B, h, w)
+
+
+def nearest_row(x: Tensor, rows: Tensor) -> Tensor:
+    """Index of the row of (U, C) nearest to each x (N, C), as |x|^2 matters to none: (N,)."""
+    keys, offsets = rows.T.contiguous(), rows.square().sum(1) / 2
+    return torch.cat([(part @ keys - offsets).argmax(1) for part in x.split(4096)])
 
 
 def principal_coordinates(codebook: Tensor, counts: Tensor, components: int) -> Tensor:
@@ -432,7 +454,9 @@ class Generator(nn.Module):
     batch_norm True: as in the paper. False: CellNorm, and the slice level beside the noise.
     """
 
-    def __init__(self, noise_dim: int, width: int, channels: int, batch_norm: bool):
+    def __init__(
+        self, noise_dim: int, width: int, channels: int, batch_norm: bool, bounded: bool = True
+    ):
         super().__init__()
         self.noise_dim, self.conditional = noise_dim, not batch_norm
         ins = noise_dim + LEVEL_FEATURES * self.conditional
@@ -447,12 +471,12 @@ class Generator(nn.Module):
             ]
             ins = out
         last = nn.ConvTranspose2d(ins, channels, 4, 2, 1)
-        self.layers = nn.Sequential(*layers, last, nn.Tanh())
+        self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
         self.apply(start_at_002 if batch_norm else start_at_he)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, noise: Tensor, level: Tensor) -> Tensor:
-        """noise (B, Z), level (B,) in [0,1] or NaN -> (B, C, 64, 64) in [-1, 1]."""
+        """noise (B, Z), level (B,) in [0,1] or NaN -> (B, C, 64, 64), bounded: in [-1, 1]."""
         if self.conditional:
             noise = torch.cat([noise, level_features(level)], 1)          # (B, Z + L)
         return self.layers(noise[:, :, None, None])                       # (B, C, 64, 64)
@@ -487,8 +511,9 @@ class Discriminator(nn.Module):
 
 
 def make_generator(config: Config) -> Generator:
-    batch_norm = config.gan_loss == "bce"
-    return Generator(config.noise_dim, config.gan_widths[0], config.map_channels, batch_norm)
+    batch_norm, bounded = config.gan_loss == "bce", config.order != "coordinates"
+    width, channels = config.gan_widths[0], config.map_channels
+    return Generator(config.noise_dim, width, channels, batch_norm, bounded)
 
 
 def make_discriminator(config: Config) -> Discriminator:
@@ -552,7 +577,8 @@ def generator_of(*path: int) -> torch.Generator:
     With it, continuing a run needs no saved random state, and sample s is the same picture in
     any batch and on any number of processes.
     """
-    state = np.random.SeedSequence(path).generate_state(1, np.uint64)[0]
+    # The 1 at the end: a seed sequence takes (s,) and (s, 0) for the same.
+    state = np.random.SeedSequence((*path, 1)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
@@ -561,7 +587,7 @@ DRAW_BATCH = 32  # samples are drawn in batches of exactly this size
 
 
 def noise_of(
-    samples: range, noise_dim: int, seed: int, levels: Tensor
+    samples: range, noise_dim: int, seed: int, levels: Tensor, purpose: int = SAMPLE
 ) -> tuple[Tensor, Tensor]:
     """Noise (n, Z) and a level (n,) from the table `levels`; row s depends on (seed, s) alone.
 
@@ -569,7 +595,7 @@ def noise_of(
     """
     rows, chosen = [], []
     for s in samples:
-        generator = generator_of(seed, SAMPLE, s)
+        generator = generator_of(seed, purpose, s)
         rows.append(torch.randn(noise_dim, generator=generator))
         place = torch.randint(max(1, len(levels)), (), generator=generator)
         chosen.append(levels[place] if len(levels) else torch.tensor(math.nan))

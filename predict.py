@@ -5,7 +5,16 @@ In: a results folder (its best run) or the folder of one seed. Out: 8-bit grey P
 `run = load_run("runs/NAME"); maps, brains = run.sample(8)`.
 """
 
+import argparse
+
 from config import Config, Exit, Parser, UserError, add_options
+
+
+def natural(text: str) -> int:
+    """A whole number of 0 or more, for argparse."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are 0 to {2**31 - 1}")
+    return int(text)
 
 
 def parse():
@@ -14,11 +23,13 @@ def parse():
     generate = commands.add_parser(
         "generate", help="draw new slices", description="Draw new slices."
     )
-    generate.add_argument("--n", type=int, default=16, help="how many slices [16]")
+    generate.add_argument("--n", type=natural, default=16, help="how many slices [16]")
     generate.add_argument(
-        "--seed", type=int, default=0, help="sample s of seed S is always the same [0]"
+        "--seed", type=natural, default=0, help="sample s of seed S is always the same [0]"
     )
-    generate.add_argument("--out", default="", help="folder for PNGs [RUN/generated]")
+    generate.add_argument(
+        "--out", default="", help="folder for PNGs [generated/, in the run's]"
+    )
     reconstruct = commands.add_parser(
         "reconstruct", help="encode and decode given slices",
         description="Encode and decode slices of a file or folder.",
@@ -26,7 +37,10 @@ def parse():
     reconstruct.add_argument(
         "--data", required=True, help="file or folder of slices or volumes"
     )
-    reconstruct.add_argument("--out", default="", help="folder for PNGs [RUN/reconstructed]")
+    reconstruct.add_argument(
+        "--out", default="", help="folder for PNGs [reconstructed/, in the run's]"
+    )
+    add_options(reconstruct, ("slices", "axis"))
     evaluate = commands.add_parser(
         "evaluate", help="score a run on its test split",
         description="Score a run; writes metrics.json and figures into its folder.",
@@ -43,6 +57,7 @@ def parse():
 if __name__ == "__main__":  # a mistyped flag must not wait for torch
     ARGUMENTS = parse()
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,12 +91,13 @@ class TrainedRun:
     levels: Tensor  # (1024,) slice levels distributed as in the training split, or (0,)
     counts: Tensor  # (K,) how often the training split uses each code
 
-    def sample(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    def sample(self, n: int, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
         """n new index maps (n, 64, 64) int64 and slices (n, 1, 256, 256) float32 [0,1].
 
-        Sample s depends on (seed, s) alone, however many are drawn.
+        They are number first .. first + n - 1 of `seed`; each depends on (seed, number) alone.
         """
-        noise, level = modules.noise_of(range(n), self.config.noise_dim, seed, self.levels)
+        numbers = range(first, first + n)
+        noise, level = modules.noise_of(numbers, self.config.noise_dim, seed, self.levels)
         stretch = self.config.gan_loss == "bce"
         return modules.draw(self.generator, self.code_map, self.vqvae, noise, level, stretch)
 
@@ -131,10 +147,11 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     for name, path in (("vqvae", "vqvae_best"), ("generator", "dcgan_best")):
         module = runtime.load_weights(*parts[name], paths[path])
         parts[name] = module.to(where).eval().requires_grad_(False)
-    code_map = modules.CodeMap(values["codes"]["used"], config.codes).to(where)
+    codes = values["codes"]
+    code_map = modules.CodeMap(codes["used"], codes["points"], config.codes).to(where)
     return TrainedRun(
         folder, config, seed, saved["data"], stamp, where, **parts, code_map=code_map,
-        levels=values["codes"]["levels"], counts=values["codes"]["counts"]["train"],
+        levels=codes["levels"], counts=codes["counts"]["train"],
     )  # fmt: skip
 
 
@@ -380,52 +397,71 @@ def write_png(path: Path, image: np.ndarray):
     path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
 
-def write_slices(folder: Path, images: Tensor, log: bool = True):
-    """00000.png ... and a contact sheet, grid.png."""
+def write_slices(folder: Path, parts: Iterator[Tensor]):
+    """Slices (n, 1, 256, 256), part by part -> 00000.png ... and grid.png of the first 64."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, image in enumerate(images[:, 0].numpy()):
-        write_png(folder / f"{number:05d}.png", image)
-    columns = min(8, len(images))
-    write_png(folder / "grid.png", figures.grid(images[:64, 0].numpy(), columns))
-    runtime.say(f"{len(images)} slices and grid.png in {folder}")
+    count, shown = 0, []
+    for images in parts:
+        shown += list(images[: max(0, 64 - count), 0].numpy())
+        for image in images[:, 0].numpy():
+            write_png(folder / f"{count:05d}.png", image)
+            count += 1
+    write_png(folder / "grid.png", figures.grid(np.stack(shown), min(8, count)))
+    runtime.say(f"{count} slices and grid.png in {folder}")
 
 
 def generate_command(run: TrainedRun, arguments):
-    _, images = run.sample(arguments.n, arguments.seed)
-    write_slices(Path(arguments.out or run.folder / "generated"), images)
+    if arguments.n == 0:
+        raise UserError(Exit.USAGE, "--n 0: at least 1 slice")
+    starts = range(0, arguments.n, 256)
+    sizes = (min(256, arguments.n - start) for start in starts)
+    parts = (run.sample(n, arguments.seed, i)[1] for i, n in zip(starts, sizes, strict=True))
+    write_slices(Path(arguments.out or run.folder / "generated"), parts)
 
 
 def reconstruct_command(run: TrainedRun, arguments):
-    slices = read_slices(arguments.data, run.config)
+    given = {k: getattr(arguments, k) for k in ("slices", "axis") if k in arguments}
+    slices = read_slices(arguments.data, replace(run.config, **given))
     images = torch.from_numpy(slices)[:, None].float() / 255
     maps, outputs = run.reconstruct(images)
     folder = Path(arguments.out or run.folder / "reconstructed")
-    write_slices(folder, outputs)
+    write_slices(folder, iter([outputs]))
     similarity = metrics.ssim(images, outputs)
     runtime.say(f"SSIM {similarity.mean():.4f} (sd {similarity.std(correction=0):.4f})")
-    shown = slice(0, 8)
+    some = slice(0, 8)
+    originals, back = images[some, 0].numpy(), outputs[some, 0].numpy()
+    ranks, values = run.ranks(maps[some]), similarity[some].tolist()
+    used = len(run.code_map.used)
     runtime.save_figure(
         folder / "comparison.png",
-        lambda: figures.reconstructions(
-            images[shown, 0].numpy(), run.ranks(maps[shown]), outputs[shown, 0].numpy(),
-            similarity[shown].tolist(), len(run.code_map.used), run.stamp,
-        ),
-    )  # fmt: skip
+        lambda: figures.reconstructions(originals, ranks, back, values, used, run.stamp),
+    )
 
 
 def evaluate_command(run: TrainedRun, arguments):
     given = {k: getattr(arguments, k) for k in ("data", "cache", "samples") if k in arguments}
     run.config = replace(run.config, **given)
-    evaluate_and_save(run, open_data(run.config))
+    last = runtime.load_checkpoint(run.folder / "dcgan_last.pt", stage="dcgan")
+    if last["nimg"] < run.config.gan_kimg * 1000:
+        raise UserError(
+            Exit.CHECKPOINT, f"{run.folder} is not trained to its end; run driver.py again"
+        )
+    with runtime.writing_alone(run.folder.parent):
+        evaluate_and_save(run, open_data(run.config))
 
 
 def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
-    """Scores and figures of a finished run into its folder; prints the table."""
+    """Scores and figures of a finished run into its folder; prints the table.
+
+    metrics.json comes last, since it marks the run as finished. It holds the run's own number
+    of samples: FD at another N is another unit, and goes to metrics-N.json.
+    """
+    own = runtime.read_json(run.folder / "config.json")["config"]["samples"]
+    name = "metrics.json" if run.config.samples == own else f"metrics-{run.config.samples}.json"
     result = evaluate(run, data)
-    runtime.write_json(run.folder / "metrics.json", result)
     runtime.say(table(result))
-    log = runtime.Log(run.folder / "log.csv")
-    save_figures(run, data, log.rows())
+    save_figures(run, data, runtime.Log(run.folder / "log.csv").rows())
+    runtime.write_json(run.folder / name, result)
     return result
 
 
@@ -437,8 +473,6 @@ COMMANDS = {
 
 
 def main(arguments):
-    if arguments.command == "generate" and not 1 <= arguments.n <= 10**6:
-        raise UserError(Exit.USAGE, f"--n {arguments.n}: allowed are 1 to 1000000")
     run = load_run(arguments.run, getattr(arguments, "device", "auto"))
     COMMANDS[arguments.command](run, arguments)
 

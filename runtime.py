@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config import Config, Exit, UserError
@@ -98,12 +99,9 @@ class Progress:
             self.spoken = time.monotonic()
             rate = (self.done - self.at_start) / (self.spoken - self.start)
             left = (self.total - self.done) / rate if rate else 0
-            print(
-                f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, "
-                f"{left / 60:.1f} min left {note}",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, "
+            with contextlib.suppress(OSError):  # as in `say`
+                print(line + f"{left / 60:.1f} min left {note}", file=sys.stderr, flush=True)
 
     def close(self):
         if self.bar is not None:
@@ -124,8 +122,8 @@ def progress(items: Iterable, *, total: int, label: str, unit: str = "it") -> It
 # --- endings ------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """A signal asked for an end, and everything has been saved."""
+class Interrupted(BaseException):
+    """A signal asked for an end, and all is saved. No `except Exception` catches it."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -178,6 +176,12 @@ def run_script(main: Callable[[], None]):
 
 def _terminated(signum, frame):
     raise Interrupted(signum)
+
+
+UNWRITABLE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
 
 
 def _ending(main) -> Exit:
@@ -330,8 +334,14 @@ def _cannot_write(path: Path, problem: OSError, needed: int | None = None) -> Us
 
 def remove_temporaries(folder: Path):
     """Delete what a killed process left half-written in `folder`."""
-    for stale in folder.glob(".*.tmp*"):
+    for stale in folder.rglob(".*.tmp*"):
         stale.unlink(missing_ok=True)
+
+
+def write_npy_header(file, dtype, shape: tuple[int, ...]):
+    """Begin a .npy file that is written part by part, never sparse: a full disk is an error."""
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def write_text(path: Path, text: str):
@@ -341,7 +351,7 @@ def write_text(path: Path, text: str):
 
 def write_json(path: Path, values: dict):
     """Strict JSON: a NaN in it would be a wrong score, and is a ValueError."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -371,14 +381,20 @@ class Log:
         self.path, self.columns = path, columns
 
     def rows(self) -> list[dict]:
-        """All rows; numbers as float, empty cells as None."""
+        """All whole rows; numbers as float, empty cells as None."""
         if not self.path.exists():
             return []
         with open(self.path, newline="", encoding="utf-8") as file:
-            return [
-                {k: v if k == "stage" else (float(v) if v else None) for k, v in row.items()}
-                for row in csv.DictReader(file)
-            ]
+            rows = [self._parsed(row) for row in csv.DictReader(file)]
+        return [row for row in rows if row is not None]
+
+    def _parsed(self, row: dict) -> dict | None:
+        """None for a row that a full disk cut short."""
+        try:
+            numbers = {k: float(v) if v else None for k, v in row.items() if k != "stage"}
+        except (TypeError, ValueError):
+            return None
+        return {"stage": row["stage"], **numbers} if numbers.get("nimg") is not None else None
 
     def keep(self, stage: str, nimg: int):
         """Drop the rows of `stage` after `nimg`: they will be measured again."""
@@ -503,7 +519,7 @@ def load_weights(module: torch.nn.Module, state: dict, path: Path) -> torch.nn.M
     """`load_state_dict` whose failure is exit 4 and names the file; returns the module."""
     try:
         module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError, KeyError) as problem:
+    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as problem:
         reason = " ".join(str(problem).split())[:160]
         raise UserError(Exit.CHECKPOINT, f"{path}: other architecture: {reason}") from None
     return module
@@ -567,7 +583,7 @@ def writing_alone(folder: Path) -> Iterator[None]:
     try:
         before = file.read()
         if before:
-            log(f"took over the lock of a process that ended: {before.strip()}")
+            say(f"took over the lock of a process that ended: {before.strip()}")
         file.seek(0)
         file.truncate()
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
@@ -617,20 +633,22 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
             found = read_json(folder / "config.json")
             if {key: found.get(key) for key in mine} != mine:
                 wrong = [
-                    _differing(found.get(k), v) for k, v in mine.items() if found.get(k) != v
+                    f"{k} is {_differing(found.get(k), v)}"
+                    for k, v in mine.items()
+                    if found.get(k) != v
                 ]
                 raise UserError(
                     Exit.CHECKPOINT,
                     f"{folder} holds another run: {'; '.join(wrong)}. Choose another --out",
                 )
             return folder, seed if seed_given else found["seed"]
-        if folder.is_dir() and any(p.name != "lock.json" for p in folder.iterdir()):
+        if folder.is_dir() and any(is_foreign(p.name) for p in folder.iterdir()):
             raise UserError(Exit.BUSY, f"{folder} holds other files; choose another --out")
         check_writable(folder)
     else:
         alike = _folders_alike(Path("runs"), mine)
         for folder, found in alike:
-            open_end = not _is_finished(folder)
+            open_end = not _is_finished(folder, config.runs)
             if open_end and (not seed_given or found["seed"] == config.seed):
                 say(f"continuing {folder}; a new run: --out runs/NAME")
                 return folder, found["seed"]
@@ -642,10 +660,16 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
     return folder, seed
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a file in a folder without config.json is somebody's, not a killed start's."""
+    return name != "lock.json" and not (name.startswith(".") and ".tmp" in name)
+
+
 def _folders_alike(parent: Path, mine: dict) -> list[tuple[Path, dict]]:
     """Results folders of equal configuration and data, the newest first."""
     alike = []
-    for path in sorted(parent.glob("*/config.json"), reverse=True):
+    paths = sorted(parent.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in paths:
         with contextlib.suppress(UserError):
             found = read_json(path)
             if {key: found.get(key) for key in mine} == mine and isinstance(
@@ -655,9 +679,10 @@ def _folders_alike(parent: Path, mine: dict) -> list[tuple[Path, dict]]:
     return alike
 
 
-def _is_finished(folder: Path) -> bool:
+def _is_finished(folder: Path, runs: int) -> bool:
     with contextlib.suppress(UserError):
-        return bool(read_json(folder / "results.json").get("finished"))
+        results = read_json(folder / "results.json")
+        return bool(results.get("finished")) and len(results.get("runs", [])) >= runs
     return False
 
 
@@ -667,9 +692,13 @@ def _last_seed(folder: Path) -> int:
 
 
 def check_writable(folder: Path):
-    """Raise UserError (exit 7) now rather than after hours of training."""
+    """Raise UserError (exit 7) now rather than after hours of training.
+
+    A folder that does not exist yet is tried in its nearest parent that does.
+    """
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.tmp{os.getpid()}"
         probe.write_bytes(b"0")
         probe.unlink()

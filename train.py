@@ -51,7 +51,7 @@ REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 %
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
 # What a random number is for: with seed and position it makes its generator.
-WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR = range(8)
+WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR = range(1, 9)
 
 
 @dataclass
@@ -88,8 +88,8 @@ class Stage:
         self.steps = max(1, math.ceil(kimg * 1000 / batch_size))
         self.every = max(1, self.steps // ROWS)  # steps per row
         self.expected = {"stage": name, **run.fingerprint(), **given}
-        self.nimg, self.best, self.seconds = 0, None, 0.0
-        self.sums: dict[str, Tensor] = {}  # since the last row
+        self.nimg, self.best, self.seconds, self.row_seconds = 0, None, 0.0, 0.0
+        self.sums: dict[str, Tensor] = {}  # since the last row: sum, and of how many steps
         self.last = run.path(f"{name}_last.pt")
         self.restore()
         self.saved = self.clock = time.monotonic()
@@ -112,7 +112,8 @@ class Stage:
             return
         for name, part in self.parts.items():
             runtime.load_weights(part, values["parts"][name], self.last)
-        self.nimg, self.best, self.seconds = (values[k] for k in ("nimg", "best", "seconds"))
+        for name in ("nimg", "best", "seconds", "row_seconds"):
+            setattr(self, name, values[name])
         self.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
         self.run.log.keep(self.name, self.nimg)
         if not self.done:
@@ -121,7 +122,9 @@ class Stage:
     def save(self):
         self.tick()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        values = {"nimg": self.nimg, "best": self.best, "seconds": self.seconds}
+        values = {
+            name: getattr(self, name) for name in ("nimg", "best", "seconds", "row_seconds")
+        }
         values |= {"sums": self.sums, "parts": parts}
         runtime.save_checkpoint(self.last, self.expected | values, keep_previous=True)
         self.saved = time.monotonic()
@@ -149,7 +152,8 @@ class Stage:
     def after_step(self, values: dict[str, Tensor], measure: Callable[[], dict], lr: float):
         """Count the step; then a log row, a checkpoint, an end by signal, if they are due."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            once = torch.stack([value.detach(), torch.ones_like(value)])
+            self.sums[name] = self.sums.get(name, 0) + once
         self.nimg += self.batch_size
         self.shown.add(self.batch_size)
         row_due = self.step % self.every == 0 or self.done
@@ -172,12 +176,11 @@ class Stage:
             )
 
     def write_row(self, measured: dict, lr: float):
-        before = self.seconds
         self.tick()
         steps = (self.step - 1) % self.every + 1
-        means = {name: (value / steps).item() for name, value in self.sums.items()}
-        self.sums = {}
-        rate = steps * self.batch_size / max(self.seconds - before, 1e-9)
+        means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
+        rate = steps * self.batch_size / max(self.seconds - self.row_seconds, 1e-9)
+        self.sums, self.row_seconds = {}, self.seconds
         self.run.log.add(
             stage=self.name, nimg=self.nimg, seconds=round(self.seconds, 1),
             images_per_s=round(rate, 1), lr=lr, **means, **measured,
@@ -207,6 +210,16 @@ def seeded(seed: int, network: int, make: Callable):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator_of(seed, WEIGHTS, network).initial_seed())
         return make()
+
+
+def require(run: Run, name: str, kimg: float):
+    """Raise UserError (exit 4) unless stage `name` of this run is done."""
+    path = run.path(f"{name}_last.pt")
+    values = runtime.load_checkpoint(path, stage=name, **run.fingerprint())
+    if values["nimg"] < kimg * 1000:
+        raise UserError(
+            Exit.CHECKPOINT, f"{path}: stage {name} is not finished; run --stage {name} again"
+        )
 
 
 # --- stage 1: VQ-VAE ----------------------------------------------------------------------
@@ -327,6 +340,7 @@ def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
 
 def trained_vqvae(run: Run) -> VQVAE:
     """The best weights of stage 1. Raises UserError (exit 4) if they are unusable."""
+    require(run, "vqvae", run.config.vqvae_kimg)
     path, model = run.path("vqvae_best.pt"), modules.make_vqvae(run.config)
     values = runtime.load_checkpoint(path, stage="vqvae", **run.fingerprint())
     return runtime.load_weights(model, values.get("model"), path).to(run.device).eval()
@@ -341,30 +355,47 @@ def extract_codes(run: Run):
     if codes_are_current(run, weights):
         return
     model = trained_vqvae(run)
-    pixels = run.data.images  # (slices, 256, 256)
-    with runtime.replacing(run.path("codes.npy")) as temporary:
-        first = encode_slices(model, pixels[:1], run.device)
-        shape = (len(pixels), *first.shape[1:])
-        maps = np.lib.format.open_memmap(temporary, "w+", np.uint16, shape)
-        starts = range(0, len(pixels), 64)
-        for start in runtime.progress(starts, total=len(starts), label="index maps"):
-            part = slice(start, start + 64)
-            maps[part] = encode_slices(model, pixels[part], run.device)
-            run.signals.check(lambda: None)
-        maps.flush()
-        counts = {
-            name: histogram(maps, split.rows, run.config.codes) for name, split in splits(run)
-        }
-        del maps
-    code_map = CodeMap.fit(model.quantizer.codebook.cpu(), counts["train"], run.config.order)
+    write_maps(model, run)
+    maps = np.load(run.path("codes.npy"), mmap_mode="r")
+    counts = {
+        name: histogram(maps, split.rows, run.config.codes) for name, split in splits(run)
+    }
+    code_map = CodeMap.fit(
+        model.quantizer.codebook.cpu(),
+        counts["train"],
+        run.config.order,
+        run.config.map_channels,
+    )
+    if len(code_map.used) < 2:
+        raise UserError(
+            Exit.DIVERGED,
+            "the codebook collapsed to one code; try a lower --lr or another --seed",
+        )
     values = {"stage": "codes", **run.fingerprint(), "vqvae": weights, "counts": counts}
-    values |= {"maps": runtime.checksum(run.path("codes.npy")), "used": code_map.used}
+    values |= {
+        "maps": runtime.checksum(run.path("codes.npy")),
+        "used": code_map.used,
+        "points": code_map.points,
+    }
     values |= {"levels": level_table(run.data.train.levels)}
     runtime.save_checkpoint(run.path("codes.pt"), values)
     U, total = len(code_map.used), modules.perplexity(counts["train"])
     runtime.say(
         f"codes: {U} of {run.config.codes} used, perplexity {total:.0f} (training split)"
     )
+
+
+def write_maps(model: VQVAE, run: Run):
+    """Encode every slice of the source into codes.npy, (slices, 64, 64) uint16."""
+    pixels = run.data.images  # (slices, 256, 256)
+    starts = range(0, len(pixels), 64)
+    with runtime.replacing(run.path("codes.npy")) as temporary, open(temporary, "wb") as file:
+        for start in runtime.progress(starts, total=len(starts), label="index maps"):
+            maps = encode_slices(model, pixels[start : start + 64], run.device)
+            if start == 0:
+                runtime.write_npy_header(file, maps.dtype, (len(pixels), *maps.shape[1:]))
+            file.write(maps.tobytes())
+            run.signals.check(lambda: None)
 
 
 def codes_are_current(run: Run, weights: int) -> bool:
@@ -401,10 +432,11 @@ def histogram(maps: np.ndarray, rows: np.ndarray, codes: int) -> Tensor:
 
 
 def level_table(levels: np.ndarray) -> Tensor:
-    """1,024 slice levels that are distributed as in the training split; NaN-free or empty."""
-    if not np.isfinite(levels).all():
+    """1,024 slice levels that are distributed as the training split's known ones; or none."""
+    known = levels[np.isfinite(levels)]
+    if len(known) == 0:
         return torch.zeros(0)
-    quantiles = np.quantile(levels, (np.arange(1024) + 0.5) / 1024, method="nearest")
+    quantiles = np.quantile(known, (np.arange(1024) + 0.5) / 1024, method="nearest")
     return torch.from_numpy(quantiles.astype(np.float32))
 
 
@@ -419,7 +451,12 @@ class Gan:
         values = runtime.load_checkpoint(
             run.path("codes.pt"), stage="codes", **run.fingerprint()
         )
-        self.code_map = CodeMap(values["used"], config.codes).to(run.device)
+        self.code_map = CodeMap(values["used"], values["points"], config.codes).to(run.device)
+        if values["vqvae"] != runtime.checksum(run.path("vqvae_best.pt")):
+            raise UserError(
+                Exit.CHECKPOINT, f"{run.path('codes.pt')} is of another vqvae_best.pt; "
+                "run --stage codes again",
+            )  # fmt: skip
         if values["maps"] != runtime.checksum(run.path("codes.npy")):
             raise UserError(
                 Exit.CHECKPOINT, f"{run.path('codes.npy')} is damaged; run --stage codes again"
@@ -443,15 +480,18 @@ class Gan:
         }  # fmt: skip
 
     def real(self, nimg: int, step: int) -> tuple[Tensor, Tensor]:
-        """A batch of real maps (B, C, 64, 64), anywhere inside their bins, and its levels (B,).
+        """A batch of real maps (B, C, 64, 64) and their levels (B,).
 
-        Without that jitter D could tell real maps by their values' lying on U exact numbers.
+        Binned values are jittered within their bins, or D could tell real maps by their values'
+        lying on U exact numbers.
         """
         run, config = self.run, self.run.config
         chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)
         maps = self.maps[run.data.train.rows[chosen]].astype(np.int64)
-        u = self.code_map.encode(torch.from_numpy(maps).to(run.device), config.map_channels)
-        if config.gan_loss == "relativistic":
+        u = self.code_map.encode(torch.from_numpy(maps).to(run.device))
+        if self.code_map.even:
+            u = u.expand(-1, config.map_channels, -1, -1)
+        if self.code_map.even and config.gan_loss == "relativistic":
             jitter = torch.rand(u[:, :1].shape, generator=generator_of(run.seed, JITTER, step))
             u = u + (jitter.to(run.device) * 2 - 1) / len(self.code_map.used)
         return u, self.levels[chosen].to(run.device)
@@ -523,7 +563,7 @@ def discriminator_loss(gan, real, fake, level, step) -> tuple[Tensor, dict[str, 
     r1, r2 = modules.gradient_penalty(gan.D, both, levels).chunk(2)
     r1, r2 = r1.mean(), r2.mean()
     loss = loss + config.gamma / 2 * config.penalty_every * (r1 + r2)
-    return loss, {"r1": r1 * config.penalty_every, "r2": r2 * config.penalty_every}
+    return loss, {"r1": r1, "r2": r2}
 
 
 @torch.no_grad()
@@ -556,7 +596,7 @@ class Monitor:
         maps = gan.maps[train.rows[evenly(len(train), 64)]].astype(np.int64)
         self.real_spread = mean_distance(gan.code_map.encode(torch.from_numpy(maps)))
         self.noise = modules.noise_of(
-            range(max(64, self.n)), run.config.noise_dim, run.seed, gan.level_table
+            range(max(64, self.n)), run.config.noise_dim, run.seed, gan.level_table, MONITOR
         )
 
     @torch.no_grad()
@@ -586,17 +626,41 @@ STAGES = {"vqvae": train_vqvae, "codes": extract_codes, "dcgan": train_dcgan}
 
 
 def run_stages(run: Run, names):
-    """Run these stages; a signal saves and ends them."""
+    """Run these stages; a signal saves and ends them. Out of memory is exit 8."""
     with run.signals:
         for name in names:
-            STAGES[name](run)
+            try:
+                STAGES[name](run)
+            except (torch.OutOfMemoryError, MemoryError):
+                flag = "gan_batch_size" if name == "dcgan" else "batch_size"
+                half = max(1, getattr(run.config, flag) // 2)
+                raise UserError(
+                    Exit.MEMORY,
+                    f"out of memory in stage {name}; try --{flag.replace('_', '-')} {half}",
+                ) from None
+
+
+MIN_SLICES = 6  # of validation and test: precision and recall look at 5 neighbours
+
+
+def check_enough(data: Data):
+    """Raise UserError (exit 3) before training if the scores could not be computed after it."""
+    sizes = len(data.train) // 2, len(data.validation), len(data.test)
+    if min(sizes) < MIN_SLICES:
+        raise UserError(
+            Exit.DATA,
+            f"too few slices: training {len(data.train)}, validation {sizes[1]}, "
+            f"test {sizes[2]}; needed are {2 * MIN_SLICES}, {MIN_SLICES} and {MIN_SLICES}",
+        )
 
 
 def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
     """The run of one seed in the results folder `folder`, its config.json written."""
     device = runtime.choose_device(config.device)
     run = Run(folder / f"seed-{seed}", config, seed, data, device)
-    settings = {"config": config.to_dict() | {"seed": seed}, "data": data.fingerprint}
+    here = {"seed": seed, "cache": str(Path(config.cache).resolve())}
+    here |= {"data": str(Path(config.data).resolve())} if config.data else {}
+    settings = {"config": config.to_dict() | here, "data": data.fingerprint}
     runtime.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
     runtime.write_json(folder / "data_report.json", data.report)
     return run
@@ -607,6 +671,7 @@ def main(arguments):
     runtime.choose_device(config.device)
     runtime.check_writable(Path(config.out or "runs"))
     data = open_data(config)
+    check_enough(data)
     folder, seed = runtime.results_folder(config, data.fingerprint, "seed" in vars(arguments))
     with runtime.writing_alone(folder):
         run = open_seed(folder, config, seed, data)

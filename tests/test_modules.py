@@ -196,20 +196,33 @@ def some_code_map(order="pc1", K=40, seed=0):
     draw = torch.Generator().manual_seed(seed)
     codebook = torch.randn(K, 6, generator=draw) * torch.tensor([5.0, 1, 1, 1, 1, 1])
     counts = torch.randint(0, 4, (K,), generator=draw)
-    return CodeMap.fit(codebook, counts, order), counts, codebook
+    return CodeMap.fit(codebook, counts, order, 3), counts, codebook
 
 
-@pytest.mark.parametrize("order", ["pc1", "raw"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_index_to_gan_space_and_back_is_the_identity(order, channels):
+@pytest.mark.parametrize("order", ["coordinates", "pc1", "raw"])
+def test_index_to_gan_space_and_back_is_the_identity(order):
     code_map, counts, _ = some_code_map(order)
     used = counts.nonzero().flatten()
     maps = used[torch.randint(len(used), (3, 64, 64))]
-    u = code_map.encode(maps, channels)
-    assert u.shape == (3, channels, 64, 64) and u.abs().max() < 1
+    u = code_map.encode(maps)
+    assert u.shape == (3, 3 if order == "coordinates" else 1, 64, 64)
     assert torch.equal(code_map.decode(u), maps)
-    jitter = (torch.rand(3, 1, 64, 64) * 2 - 1) * 0.999 / len(used)
-    assert torch.equal(code_map.decode(u + jitter), maps)
+    if order != "coordinates":
+        assert u.abs().max() < 1
+        jitter = (torch.rand(3, 1, 64, 64) * 2 - 1) * 0.999 / len(used)
+        assert torch.equal(code_map.decode(u + jitter), maps)
+        assert torch.equal(code_map.decode(u.expand(-1, 3, -1, -1)), maps)
+
+
+def test_coordinates_have_unit_variance_and_decode_to_the_nearest_code():
+    code_map, counts, _ = some_code_map("coordinates")
+    weights = counts[code_map.used].numpy()
+    variance = np.cov(code_map.points.numpy().T, fweights=weights, ddof=0)
+    np.testing.assert_allclose(variance, np.eye(3), atol=1e-5)
+    u = torch.randn(2, 3, 8, 8)
+    cells = u.permute(0, 2, 3, 1).reshape(-1, 3)
+    brute = code_map.used[torch.cdist(cells, code_map.points).argmin(1)]
+    assert torch.equal(code_map.decode(u).flatten(), brute)
 
 
 def test_stretched_binning_is_the_identity_on_a_map_of_all_used_codes():
@@ -236,7 +249,7 @@ def test_the_ends_of_tanh_fall_into_the_end_bins():
 
 
 def test_a_single_used_code_and_a_nan():
-    code_map = CodeMap(torch.tensor([7]), 16)
+    code_map = CodeMap(torch.tensor([7]), torch.zeros(1, 1), 16)
     assert (code_map.decode(torch.rand(1, 1, 4, 4), stretch=True) == 7).all()
     with pytest.raises(FloatingPointError):
         code_map.decode(torch.full((1, 1, 4, 4), math.nan))
