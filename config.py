@@ -157,14 +157,14 @@ class Config:
         4, "C, principal coordinates, or copies of the binned map", low=1, high=64
     )
     noise_dim: int = option(100, "Z, numbers of noise per sample", low=1, high=4096)
-    gamma: float = option(5.0, "weight of R1 and of R2", low=0, high=1e4)
-    penalty_every: int = option(16, "steps between R1 and R2 penalties", low=1, high=1024)
-    gan_lr: float = option(2e-4, "Adam's learning rate, DCGAN", low=1e-8, high=1)
+    gamma: float = option(1.0, "weight of R1 and of R2", low=0, high=1e4)
+    penalty_every: int = option(8, "steps between R1 and R2 penalties", low=1, high=1024)
+    gan_lr: float = option(4e-4, "Adam's learning rate, DCGAN", low=1e-8, high=1)
     gan_beta1: float = option(0.0, "Adam's beta 1, DCGAN", low=0, high=0.9999)
     ema_kimg: float = option(
         5.0, "half-life of the generator's weight average, thousands of maps", low=0, high=1e5
     )
-    gan_batch_size: int = option(64, "maps per step", low=1, high=65536)
+    gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
         120.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
@@ -223,7 +223,7 @@ PRESETS = {
     "classic": {
         "upsampling": "bilinear", "codebook": "loss", "reconstruction": "mse", "lr": 1e-3,
         "schedule": "constant", "batch_size": 128, "vqvae_kimg": 192.0, "order": "raw",
-        "gan_loss": "bce", "gan_widths": (128, 64), "map_channels": 3, "gan_beta1": 0.5,
+        "gan_loss": "bce", "gan_widths": (128, 64), "map_channels": 3, "gan_beta1": 0.5, "gan_lr": 2e-4,
         "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0.0,
     },
 }  # fmt: skip

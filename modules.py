@@ -339,9 +339,9 @@ def perplexity(counts: Tensor) -> float:
 class CodeMap(nn.Module):
     """The used codes' places in the space that the DCGAN works in, and the way back.
 
-    "coordinates": a code is its first C principal coordinates, each at unit variance over the
-    training split; a generated cell becomes the nearest code. Neighbouring numbers are similar
-    code vectors, so that an index map is a smooth picture.
+    "coordinates": a code is its first C principal coordinates, scaled as one so that the first
+    has unit variance over the training split; a generated cell becomes the nearest code. What
+    is near is similar, in the codebook's own metric, and an index map is a smooth picture.
     "pc1", "raw": a code is the middle of one of U even bins of (-1, 1), ranked along principal
     component 1 or by its number (the original recipe, in which the map is noise: training
     numbers codes at random); binning goes back.
@@ -367,7 +367,7 @@ class CodeMap(nn.Module):
             used, y = used[by_pc1], y[by_pc1]
         if order == "coordinates":
             weight = counts[used].double()[:, None] / counts.sum()        # (U, 1)
-            sd = (weight * y.square()).sum(0).sqrt()                      # (C,)
+            sd = (weight * y[:, :1].square()).sum().sqrt()                # ()
             return cls(used, (y / sd.clamp_min(1e-9)).float(), len(codebook))
         middles = (torch.arange(len(used)) + 0.5) * (2 / len(used)) - 1
         return cls(used, middles[:, None], len(codebook))
