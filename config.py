@@ -223,8 +223,8 @@ PRESETS = {
     "classic": {
         "upsampling": "bilinear", "codebook": "loss", "reconstruction": "mse", "lr": 1e-3,
         "schedule": "constant", "batch_size": 128, "vqvae_kimg": 192.0, "order": "raw",
-        "gan_loss": "bce", "gan_widths": (128, 64), "map_channels": 3, "gan_beta1": 0.5, "gan_lr": 2e-4,
-        "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0.0,
+        "gan_loss": "bce", "gan_widths": (128, 64), "map_channels": 3, "gan_beta1": 0.5,
+        "gan_lr": 2e-4, "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0.0,
     },
 }  # fmt: skip
 

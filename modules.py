@@ -438,41 +438,31 @@ def level_features(level: Tensor) -> Tensor:
     return features.nan_to_num(0.0) * level.isfinite()[:, None]           # (B, L)
 
 
-class CellNorm(nn.Module):
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) over the channels of each cell.
-
-    Unlike BatchNorm it makes no sample depend on its batch.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2)
-
-
 class Generator(nn.Module):
     """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> 64x64.
 
-    batch_norm True: as in the paper. False: CellNorm, and the slice level beside the noise.
+    conditional: the slice level's features stand beside the noise.
+    bounded: tanh at the end, as in the paper; without it any number may come out.
     """
 
     def __init__(
-        self, noise_dim: int, width: int, channels: int, batch_norm: bool, bounded: bool = True
+        self, noise_dim: int, width: int, channels: int, conditional: bool, bounded: bool
     ):
         super().__init__()
-        self.noise_dim, self.conditional = noise_dim, not batch_norm
-        ins = noise_dim + LEVEL_FEATURES * self.conditional
-        widths = (8 * width, 4 * width, 2 * width, width)
+        self.noise_dim, self.conditional = noise_dim, conditional
+        ins = noise_dim + LEVEL_FEATURES * conditional
         layers = []
-        for i, out in enumerate(widths):
+        for i, out in enumerate((8 * width, 4 * width, 2 * width, width)):
             stride, padding = (1, 0) if i == 0 else (2, 1)
             layers += [
-                nn.ConvTranspose2d(ins, out, 4, stride, padding, bias=not batch_norm),
-                nn.BatchNorm2d(out) if batch_norm else CellNorm(),
-                nn.ReLU() if batch_norm else nn.LeakyReLU(0.2),
+                nn.ConvTranspose2d(ins, out, 4, stride, padding, bias=False),
+                nn.BatchNorm2d(out),
+                nn.ReLU(),
             ]
             ins = out
         last = nn.ConvTranspose2d(ins, channels, 4, 2, 1)
         self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
-        self.apply(start_at_002 if batch_norm else start_at_he)
+        self.apply(start_at_002)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, noise: Tensor, level: Tensor) -> Tensor:
@@ -511,9 +501,9 @@ class Discriminator(nn.Module):
 
 
 def make_generator(config: Config) -> Generator:
-    batch_norm, bounded = config.gan_loss == "bce", config.order != "coordinates"
+    conditional, bounded = config.gan_loss != "bce", config.order != "coordinates"
     width, channels = config.gan_widths[0], config.map_channels
-    return Generator(config.noise_dim, width, channels, batch_norm, bounded)
+    return Generator(config.noise_dim, width, channels, conditional, bounded)
 
 
 def make_discriminator(config: Config) -> Discriminator:
@@ -529,19 +519,12 @@ def start_at_002(module: nn.Module):
 
 
 def start_at_he(module: nn.Module):
-    """Weights that keep the variance through (leaky) ReLU, He et al. 2015 (1502.01852), eq. 10.
-
-    A transposed kernel of 4 at stride 2 meets each output with a quarter of its taps.
-    """
+    """Weights that keep the variance through ReLU: He et al. 2015, arXiv:1502.01852, eq. 10."""
     if isinstance(module, nn.Conv2d):
         taps = module.weight[0].numel()
-    elif isinstance(module, nn.ConvTranspose2d):
-        taps = module.weight.shape[0] * (4 if module.stride[0] == 2 else 1)
-    else:
-        return
-    nn.init.normal_(module.weight, 0.0, math.sqrt(2 / taps))
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+        nn.init.normal_(module.weight, 0.0, math.sqrt(2 / taps))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:

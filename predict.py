@@ -233,6 +233,8 @@ class Sets:
     floor: float
     fine_floor: float
     n: int
+    subjects: np.ndarray  # of "train"
+    subjects_again: np.ndarray  # of "train_again" and its reconstructions
 
 
 def in_parts(measure, split: BrainSlices, indices: np.ndarray) -> Tensor:
@@ -254,14 +256,16 @@ def make_sets(run: TrainedRun, data: Data, test: Tensor) -> Sets:
         "test": test[other.permutation(len(test))[:n]],
         "generated": run.sample(n)[1],
     }
+    subjects = data.train.subjects[order[: 2 * n]]
     images["reconstruction"] = run.reconstruct(images["train_again"])[1]
     network = metrics.RandomFeatures()
     pool = order[: 4 * n]
     floor, _ = metrics.relative_floor(in_parts(network.features, data.train, pool), n)
     fine_floor, _ = metrics.relative_floor(in_parts(network.fine_features, data.train, pool), n)
     features = {name: network.features(x) for name, x in images.items()}
+    features["all train"] = in_parts(network.features, data.train, np.arange(len(data.train)))
     fine = {name: network.fine_features(x) for name, x in images.items()}
-    return Sets(images, features, fine, floor, fine_floor, n)
+    return Sets(images, features, fine, floor, fine_floor, n, subjects[:n], subjects[n:])
 
 
 def score_generation(run: TrainedRun, data: Data, test: Tensor) -> dict:
@@ -299,6 +303,12 @@ def score_generation(run: TrainedRun, data: Data, test: Tensor) -> dict:
     }
     for measure in ("precision", "recall", "density", "coverage"):
         result[measure] = {kind: values[measure] for kind, values in overlap.items()}
+    result["kid_train"] = row(
+        lambda name: metrics.kid(sets.features[name], sets.features["train"])
+    )
+    result["c2st_auc"] = score_c2st(sets)
+    result["spectrum_db"] = score_spectrum(images)
+    result["memorised_share"] = score_memorisation(sets)
     result["ms_ssim_of_pairs"] = row(lambda name: metrics.ms_ssim_of_pairs(images[name]))
     result["ssim_to_nearest_test_slice"] = {
         "generated": metrics.ssim_to_nearest(images["generated"], test),
@@ -306,6 +316,48 @@ def score_generation(run: TrainedRun, data: Data, test: Tensor) -> dict:
     }
     result["as_the_seed_counts_it"] = metrics.seed_score(images["generated"][:1], test)
     return result
+
+
+def score_c2st(sets: Sets) -> dict[str, float]:
+    """Held-out AUC of telling training slices from others, folds by subject."""
+    f, again = sets.features, sets.subjects_again
+    return {
+        "generated": metrics.c2st_auc(f["train"], f["generated"], sets.subjects),
+        "reconstruction": metrics.c2st_auc(
+            f["train"], f["reconstruction"], sets.subjects, again
+        ),
+        "real": metrics.c2st_auc(f["train"], f["train_again"], sets.subjects, again),
+    }
+
+
+def score_spectrum(images: dict[str, Tensor]) -> dict[str, float]:
+    """Mean difference of radial power spectra to training slices in dB, up to their noise."""
+    spectra = {name: metrics.radial_spectrum(x) for name, x in images.items()}
+    end = max(9, metrics.noise_floor(spectra["train"]))
+    kinds = {
+        "generated": "generated",
+        "reconstruction": "reconstruction",
+        "real": "train_again",
+    }
+    return {
+        kind: metrics.spectrum_difference(spectra["train"], spectra[name], end)
+        for kind, name in kinds.items()
+    }
+
+
+def score_memorisation(sets: Sets) -> dict[str, float]:
+    """Share of slices nearer to a training slice than 95 % of unseen people's slices are.
+
+    "planted_copies" are training slices: a control, which must be near 1.
+    """
+    kinds = {"generated": "generated", "planted_copies": "train_again"}
+    f = sets.features
+    return {
+        kind: metrics.memorisation(f[name], f["test"], f["all train"])[
+            "share_below_5th_percentile"
+        ]
+        for kind, name in kinds.items()
+    }
 
 
 LABELS = {
@@ -318,6 +370,10 @@ LABELS = {
     "recall": "recall, k = 5",
     "density": "density, k = 5",
     "coverage": "coverage, k = 5",
+    "kid_train": "KID to training slices",
+    "c2st_auc": "classifier's AUC, real against this",
+    "spectrum_db": "power spectrum, mean difference in dB",
+    "memorised_share": "memorised share (0.05 is chance)",
     "ms_ssim_of_pairs": "MS-SSIM of 1,000 random pairs",
     "ssim_to_nearest_test_slice": "SSIM to nearest test slice",
 }

@@ -576,7 +576,8 @@ def update_average(gan: Gan, nimg: int):
     for average, now in pairs:
         average.lerp_(now, 1 - decay)
     for average, now in zip(gan.average.buffers(), gan.G.buffers(), strict=True):
-        average.copy_(now)
+        if now.is_floating_point():  # BatchNorm's statistics; the rest counts batches
+            average.lerp_(now, 1 - decay)
 
 
 class Monitor:

@@ -43,12 +43,12 @@ def pipeline() -> Figure:
     arrow(ax, (278, bottom + 48), (278, middle - 27))
     elbow(ax, (478, top - 86), (478, middle), (335, middle))
     arrow(ax, (222, middle), (196, middle))
-    write(ax, 470, middle + 12, "real maps, in (-1, 1)", ha="right", color=FAINT)
+    write(ax, 470, middle + 12, "real coordinates", ha="right", color=FAINT)
     write(ax, 288, middle - 44, "generated maps", ha="left", color=FAINT)
     write(ax, 190, middle, "real or\ngenerated?", ha="right")
 
     strip(ax, (546, 722), (middle - 9, middle + 9), np.linspace(0, 1, 24)[None])
-    text = "codebook: the codes\nin order along their\nprincipal component 1"
+    text = "codebook: the codes by\ntheir place along\nprincipal component 1"
     write(ax, 732, middle, text, ha="left")
     arrow(ax, (634, middle + 14), (634, top - 30))
     arrow(ax, (634, middle - 14), (634, bottom + 30))
@@ -73,9 +73,9 @@ def generating(ax, y: float, brain: np.ndarray):
     heading(ax, 20, y + 94, "2  DCGAN: new maps")
     picture(ax, 66, y, 92, noise_picture(), "100 numbers of\nnoise, slice level", "Greys")
     box(ax, 172, y, 84, 56, "generator", GAN)
-    picture(ax, 278, y, 92, quarter(brain), "map in (-1, 1)\n64 × 64")
-    box(ax, 378, y, 72, 56, "even\nbins", CODES)
-    write(ax, 378, y - 36, "one per\nused code", va="top", color=FAINT)
+    picture(ax, 278, y, 92, quarter(brain), "coordinates\n64 × 64 × 4")
+    box(ax, 378, y, 72, 56, "nearest\ncode", CODES)
+    write(ax, 378, y - 36, "of the\nused ones", va="top", color=FAINT)
     picture(ax, 478, y, 92, quarter(brain), "new index map", MAPS)
     box(ax, 634, y, 120, 56, "look up codes,\ndecode", DECODER)
     picture(ax, 804, y, 92, soften(brain), "new brain")
@@ -156,7 +156,7 @@ def generator() -> Figure:
         write(ax, (x0 + x1) / 2, y + 12, f"stride {stride}", size=7.5, color=CONV)
     table(ax, [62, 178, 350, 488, 606, 788])
     text = "transposed convolution, kernel 4 × 4; "
-    text += "then LayerNorm and LeakyReLU (original: BatchNorm and ReLU), at the end tanh"
+    text += "then BatchNorm and ReLU; after the last nothing (in the original tanh)"
     arrow(ax, (112, 22), (134, 22), CONV)
     write(ax, 142, 22, text, ha="left")
     return fig
@@ -171,10 +171,10 @@ def table(ax, columns: list[float]):
             "8 × 8",
             "16 × 16",
             "32 × 32",
-            "map, 64 × 64, in (-1, 1)",
+            "coordinates, 64 × 64",
         ),
-        144: ("and slice level", "8 w channels", "4 w", "2 w", "w", "1"),
-        100: ("default, w = 32", "256", "128", "64", "32", "1"),
+        144: ("and slice level", "8 w channels", "4 w", "2 w", "w", "C"),
+        100: ("default, w = 32", "256", "128", "64", "32", "4"),
         76: ("original, w = 128", "1024", "512", "256", "128", "3 (copies)"),
     }
     for y, cells in rows.items():
