@@ -136,7 +136,7 @@ class Config:
     )
     batch_size: int = option(32, "slices per step", low=1, high=65536)
     vqvae_kimg: float = option(
-        24.0, "training length in thousands of slices seen", low=0.001, high=1e7
+        16.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
     # DCGAN (Radford et al. 2016, arXiv:1511.06434)
@@ -166,7 +166,7 @@ class Config:
     )
     gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
-        120.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        145.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     # Evaluation
