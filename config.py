@@ -166,7 +166,7 @@ class Config:
     )
     gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
-        145.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        195.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     # Evaluation

@@ -248,6 +248,12 @@ def tame_malloc():
     mallopt(M_TOP_PAD, 2**26)
 
 
+def release_memory():
+    """Hand the heap's free pages back after a stage, or each stage's peak would add up."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def choose_device(name: str) -> torch.device:
     """'auto' takes a GPU if there is one. Raises UserError (exit 2) for an absent one."""
     if name == "auto":
@@ -645,6 +651,7 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
         if folder.is_dir() and any(is_foreign(p.name) for p in folder.iterdir()):
             raise UserError(Exit.BUSY, f"{folder} holds other files; choose another --out")
         check_writable(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     else:
         alike = _folders_alike(Path("runs"), mine)
         for folder, found in alike:

@@ -632,6 +632,7 @@ def run_stages(run: Run, names):
         for name in names:
             try:
                 STAGES[name](run)
+                runtime.release_memory()
             except (torch.OutOfMemoryError, MemoryError):
                 flag = "gan_batch_size" if name == "dcgan" else "batch_size"
                 half = max(1, getattr(run.config, flag) // 2)
