@@ -233,7 +233,7 @@ def train_vqvae(run: Run):
     parts = {"model": model, "optimizer": optimizer}
     stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
     plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
-    variance = data_variance(train)
+    variance = data_variance(train) if config.reconstruction == "mse" else 1.0
     while not stage.done:
         if stage.step == plain and config.codebook == "ema":
             start_codebook(model, train, run)
@@ -306,9 +306,8 @@ def start_codebook(model: VQVAE, train: BrainSlices, run: Run):
     """Codes start as encoder outputs, spread by k-means++ (Arthur and Vassilvitskii 2007)."""
     rows = order_of(run.seed, START, len(train), 0, min(64, len(train)))
     z = model.pre_vq(model.encoder(train.batch(rows).to(run.device)))  # (B, D, h, w)
-    vectors = (
-        z.permute(0, 2, 3, 1).flatten(0, 2).cpu().unique(dim=0)
-    )  # background is one vector, many times
+    # Background is one vector, many times: it counts once.
+    vectors = z.permute(0, 2, 3, 1).flatten(0, 2).cpu().unique(dim=0)  # (N, D)
     codes = len(model.quantizer.codebook)
     draw = generator_of(run.seed, START)
     vectors = vectors[torch.randperm(len(vectors), generator=draw)[: 32 * codes]]
