@@ -141,6 +141,37 @@ def code_histogram(counts: Array, perplexity: float, total: int, stamp: str = ""
     return fig
 
 
+# Sets of slices
+
+
+def overlap(sets: dict[str, Array], notes: Sequence[str], stamp: str = "") -> Figure:
+    """Slices as points (N, 2) in a plane, one colour a set; notes: the scores, in words."""
+    fig = _figure(8, 6.6, stamp, layout="constrained")
+    ax = fig.subplots()
+    _style(ax, "\n".join(notes), "principal component 1 of the features of training slices")
+    ax.set_ylabel("principal component 2", color=INK)
+    for (name, points), colour in zip(sets.items(), COLOURS, strict=False):
+        ax.scatter(*points.T, s=9, color=colour, alpha=0.55, linewidths=0, label=name)
+    ax.legend(frameon=False, labelcolor=INK, markerscale=2)
+    return fig
+
+
+def memorisation(distances: dict[str, Array], limit: float, stamp: str = "") -> Figure:
+    """Histograms of distances (N,) to the nearest training slice; limit: the dashed line."""
+    fig = _figure(8, 4.6, stamp, layout="constrained")
+    ax = fig.subplots()
+    _style(ax, "How near are slices to training slices?", "distance to the nearest one")
+    ax.set_ylabel("share of slices", color=INK)
+    bins = np.histogram_bin_edges(np.concatenate([*distances.values()]), 60)
+    for (name, values), colour in zip(distances.items(), COLOURS, strict=False):
+        weights = np.full(len(values), 1 / len(values))
+        shown = {"histtype": "stepfilled", "alpha": 0.4, "color": colour}
+        ax.hist(values, bins, weights=weights, label=name, **shown)
+    ax.axvline(limit, color=INK, ls="--", lw=1, label="nearer than this: as if copied")
+    ax.legend(frameon=False, labelcolor=INK)
+    return fig
+
+
 # Sheets of slices and index maps
 
 

@@ -348,20 +348,18 @@ def c2st_auc(real, fake, groups_real, groups_fake=None, seed: int = 0) -> float:
     return float(np.mean(scores))
 
 
-def memorisation(sample, held_out, train) -> dict[str, float]:
-    """Are samples closer to the training slices than unseen people are? All (.,F) features.
+def distance_to_nearest(x, bank) -> np.ndarray:
+    """(N,) Euclidean distance of each feature vector of (N,F) to the nearest of (M,F)."""
+    return _distances(as_features(x), as_features(bank, "bank")).min(1)
 
-    The share of samples below the held-out slices' 5th percentile of distance to the nearest
-    training slice: about 0.05 for new brains, near 1 for copies.
+
+def memorised_share(near, near_held_out) -> float:
+    """Are samples nearer to the training slices than unseen people's slices are?
+
+    Both (.,) are distances to the nearest training slice. The share of samples below the 5th
+    percentile of the held-out ones: about 0.05 for new brains, near 1 for copies.
     """
-    sample, held_out, train = (as_features(a) for a in (sample, held_out, train))
-    near = _distances(sample, train).min(1)                                 # (N,)
-    near_held_out = _distances(held_out, train).min(1)                      # (M,)
-    return {
-        "share_below_5th_percentile": float((near < np.percentile(near_held_out, 5)).mean()),
-        "median_sample_distance": float(np.median(near)),
-        "median_held_out_distance": float(np.median(near_held_out)),
-    }
+    return float((np.asarray(near) < np.percentile(near_held_out, 5)).mean())
 
 
 # --- set against set: images --------------------------------------------------------------
@@ -377,16 +375,6 @@ def ms_ssim_of_pairs(x: Tensor, pairs: int = 1000, seed: int = 0) -> float:
     second = (first + rng.integers(1, len(x), size=pairs)) % len(x)
     parts = np.array_split(np.arange(pairs), math.ceil(pairs / 64))
     return float(torch.cat([ms_ssim(x[first[p]], x[second[p]]) for p in parts]).mean())
-
-
-def seed_score(sample: Tensor, test_images: Tensor) -> dict[str, float]:
-    """The original project's score: SSIM of one sample (1,H,W) with every test image, once.
-
-    It rewards blur and copying: print it only labelled "as the seed counts it".
-    """
-    sample = sample.reshape(1, 1, *sample.shape[-2:]).expand(len(test_images), -1, -1, -1)
-    scores = ssim(sample, test_images)                                      # (N,)
-    return {"mean": float(scores.mean()), "share_above": float((scores > 0.6).float().mean())}
 
 
 def thumbnails(x: Tensor) -> Tensor:
@@ -407,11 +395,17 @@ def nearest(x: Tensor, bank: Tensor, k: int = 8) -> tuple[Tensor, Tensor]:
     return exact, found.gather(1, order)
 
 
-def ssim_to_nearest(x: Tensor, bank: Tensor, samples: int = 128, k: int = 8) -> float:
-    """Mean, over the first `samples`, of the highest SSIM among the k nearest of the bank."""
-    x = x[:samples]
+def ssim_to_nearest(x: Tensor, bank: Tensor, images_at, k: int = 8) -> float:
+    """Mean over x (N,1,H,W) of the highest SSIM among the k nearest of a bank of thumbnails.
+
+    images_at: row numbers (n,) of the bank -> their images (n,1,H,W).
+    """
     _, found = nearest(x, bank, min(k, len(bank)))                          # (N,k)
-    return float(torch.stack([ssim(x, bank[column]) for column in found.T]).amax(0).mean())
+    best = [
+        ssim(one.expand(len(rows), -1, -1, -1), images_at(rows)).max()
+        for one, rows in zip(x.split(1), found, strict=True)
+    ]
+    return float(torch.stack(best).mean())
 
 
 # Karras et al. 2018, arXiv:1710.10196, section 5; deviations: fewer patches and directions, and

@@ -441,18 +441,21 @@ def level_features(level: Tensor) -> Tensor:
 class Generator(nn.Module):
     """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> 64x64.
 
-    conditional: the slice level's features stand beside the noise.
+    classic: as in the paper. Else the slice level's features stand beside the noise, and one
+    more layer works at full size: in the paper's last layer 4x4 neighbouring cells are a linear
+    function of few numbers, and borders between tissues stay soft.
     bounded: tanh at the end, as in the paper; without it any number may come out.
     """
 
     def __init__(
-        self, noise_dim: int, width: int, channels: int, conditional: bool, bounded: bool
+        self, noise_dim: int, width: int, channels: int, classic: bool, bounded: bool
     ):
         super().__init__()
-        self.noise_dim, self.conditional = noise_dim, conditional
-        ins = noise_dim + LEVEL_FEATURES * conditional
+        self.noise_dim, self.conditional = noise_dim, not classic
+        ins = noise_dim + LEVEL_FEATURES * self.conditional
+        widths = [8 * width, 4 * width, 2 * width, width] + [max(1, width // 2)] * (not classic)
         layers = []
-        for i, out in enumerate((8 * width, 4 * width, 2 * width, width)):
+        for i, out in enumerate(widths):
             stride, padding = (1, 0) if i == 0 else (2, 1)
             layers += [
                 nn.ConvTranspose2d(ins, out, 4, stride, padding, bias=False),
@@ -460,7 +463,10 @@ class Generator(nn.Module):
                 nn.ReLU(),
             ]
             ins = out
-        last = nn.ConvTranspose2d(ins, channels, 4, 2, 1)
+        if classic:
+            last = nn.ConvTranspose2d(ins, channels, 4, 2, 1)
+        else:
+            last = nn.Conv2d(ins, channels, 3, padding=1)
         self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
         self.apply(start_at_002)
         self.to(memory_format=torch.channels_last)
@@ -501,9 +507,9 @@ class Discriminator(nn.Module):
 
 
 def make_generator(config: Config) -> Generator:
-    conditional, bounded = config.gan_loss != "bce", config.order != "coordinates"
+    classic, bounded = config.gan_loss == "bce", config.order != "coordinates"
     width, channels = config.gan_widths[0], config.map_channels
-    return Generator(config.noise_dim, width, channels, conditional, bounded)
+    return Generator(config.noise_dim, width, channels, classic, bounded)
 
 
 def make_discriminator(config: Config) -> Discriminator:

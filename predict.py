@@ -17,6 +17,21 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def level(text: str) -> float:
+    """A slice level, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are 0 to 1")
+    return value
+
+
+def level_or_sweep(text: str) -> float | str:
+    return text if text == "sweep" else level(text)
+
+
 def parse():
     parser = Parser("Draw new brains, reconstruct given ones, or score a finished run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -29,6 +44,25 @@ def parse():
     )
     generate.add_argument(
         "--out", default="", help="folder for PNGs [generated/, in the run's]"
+    )
+    generate.add_argument(
+        "--level", type=level_or_sweep, default=None, metavar="LEVEL",
+        help="slice level, 0 lowest to 1 highest; or sweep: --n levels of one subject "
+        "[as in the training split]",
+    )  # fmt: skip
+    interpolate = commands.add_parser(
+        "interpolate", help="walk from one new subject to another",
+        description="Walk from one new subject to another; PNGs, a strip and a GIF.",
+    )  # fmt: skip
+    interpolate.add_argument("--n", type=natural, default=16, help="how many slices [16]")
+    interpolate.add_argument(
+        "--seed", type=natural, default=0, help="from sample 0 of seed S to sample 1 [0]"
+    )
+    interpolate.add_argument(
+        "--level", type=level, default=None, help="slice level, 0 to 1 [that of sample 0]"
+    )
+    interpolate.add_argument(
+        "--out", default="", help="folder for PNGs [interpolated/, in the run's]"
     )
     reconstruct = commands.add_parser(
         "reconstruct", help="encode and decode given slices",
@@ -46,7 +80,7 @@ def parse():
         description="Score a run; writes metrics.json and figures into its folder.",
     )  # fmt: skip
     add_options(evaluate, ("data", "cache", "samples"), data="as trained", cache="as trained")
-    for command in (generate, reconstruct, evaluate):
+    for command in (generate, interpolate, reconstruct, evaluate):
         command.add_argument(
             "run", metavar="RUN", help="results folder, or the folder of one seed"
         )
@@ -64,13 +98,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 import figures
 import metrics
 import modules
 import runtime
-from dataset import BrainSlices, Data, open_data, read_slices
+from dataset import Data, open_data, read_slices
+from evaluation import Scorer, evaluate, in_parts, table
 
 # --- a finished run -----------------------------------------------------------------------
 
@@ -91,13 +128,24 @@ class TrainedRun:
     levels: Tensor  # (1024,) slice levels distributed as in the training split, or (0,)
     counts: Tensor  # (K,) how often the training split uses each code
 
-    def sample(self, n: int, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, n: int, seed: int = 0, first: int = 0, level: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """n new index maps (n, 64, 64) int64 and slices (n, 1, 256, 256) float32 [0,1].
 
         They are number first .. first + n - 1 of `seed`; each depends on (seed, number) alone.
+        level: 0 lowest to 1 highest slice; None: distributed as in the training split.
         """
+        noise, levels = self.noise(n, seed, first)
+        return self.draw(noise, levels if level is None else torch.full((n,), level))
+
+    def noise(self, n: int, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
+        """What samples first .. first + n - 1 of `seed` are made of: (n, Z), levels (n,)."""
         numbers = range(first, first + n)
-        noise, level = modules.noise_of(numbers, self.config.noise_dim, seed, self.levels)
+        return modules.noise_of(numbers, self.config.noise_dim, seed, self.levels)
+
+    def draw(self, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise (n, Z), levels (n,) in [0,1] or NaN -> index maps and slices, as `sample`."""
         stretch = self.config.gan_loss == "bce"
         return modules.draw(self.generator, self.code_map, self.vqvae, noise, level, stretch)
 
@@ -170,243 +218,10 @@ def seed_folder(path: Path) -> Path:
     raise UserError(Exit.CHECKPOINT, f"{path}: {reason}")
 
 
-# --- scores -------------------------------------------------------------------------------
-
-
-def evaluate(run: TrainedRun, data: Data) -> dict:
-    """Every score of a run, as plain values; see README, "How quality is measured"."""
-    if data.fingerprint != run.fingerprint:
-        raise UserError(
-            Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
-        )
-    test = data.test.batch(np.arange(len(data.test)))
-    maps, outputs = run.reconstruct(test)
-    result = {
-        "seed": run.seed,
-        "stamp": run.stamp,
-        "reconstruction": score_reconstruction(test, outputs),
-        "codebook": score_codebook(run, maps),
-    }
-    result["generation"] = score_generation(run, data, test)
-    result["peak_memory_mb"] = round(runtime.peak_memory_mb())
-    return result
-
-
-def score_reconstruction(originals: Tensor, outputs: Tensor) -> dict:
-    """SSIM, MS-SSIM and PSNR of every test slice: mean and sd, full frame and in the brain."""
-    measures = {
-        "ssim": metrics.ssim, "ssim_in_brain": metrics.ssim_in_brain,
-        "ms_ssim": metrics.ms_ssim,
-        "psnr_db": metrics.psnr, "psnr_in_brain_db": metrics.psnr_in_brain,
-    }  # fmt: skip
-    values = {name: measure(originals, outputs) for name, measure in measures.items()}
-    result = {
-        name: {"mean": value.mean().item(), "sd": value.std(correction=0).item()}
-        for name, value in values.items()
-    }
-    above = (values["ssim"] > 0.6).float().mean().item()
-    return {"n": len(originals), **result, "share_above_0.6": above}
-
-
-def score_codebook(run: TrainedRun, test_maps: Tensor) -> dict:
-    """Use of the codebook over the whole training split, and the size of an index map."""
-    total = modules.perplexity(run.counts)
-    fixed, entropy = metrics.bits_per_pixel(run.counts.numpy(), run.config.codes)
-    return {
-        "codes": run.config.codes,
-        "used": int((run.counts > 0).sum()),
-        "perplexity": total,
-        "perplexity_share": total / run.config.codes,
-        "used_on_test": len(test_maps.unique()),
-        "bits_per_pixel": fixed,
-        "bits_per_pixel_entropy": entropy,
-    }
-
-
-@dataclass
-class Sets:
-    """What is compared: n slices of each kind, and their random-convolution features."""
-
-    images: dict[str, Tensor]
-    features: dict[str, np.ndarray]
-    fine: dict[str, np.ndarray]
-    floor: float
-    fine_floor: float
-    n: int
-    subjects: np.ndarray  # of "train"
-    subjects_again: np.ndarray  # of "train_again" and its reconstructions
-
-
-def in_parts(measure, split: BrainSlices, indices: np.ndarray) -> Tensor:
-    """`measure` of many slices of a split, which need not fit into memory together."""
-    parts = np.array_split(indices, max(1, len(indices) // 256))
-    return torch.cat([measure(split.batch(part)) for part in parts])
-
-
-def make_sets(run: TrainedRun, data: Data, test: Tensor) -> Sets:
-    """Training slices twice (disjoint draws), reconstructions of the second, unseen people, and
-    generated slices."""
-    n = min(run.config.samples, len(data.test), len(data.validation), len(data.train) // 2)
-    order = np.random.default_rng(0).permutation(len(data.train))
-    other = np.random.default_rng(1)
-    images = {
-        "train": data.train.batch(order[:n]),
-        "train_again": data.train.batch(order[n : 2 * n]),
-        "validation": data.validation.batch(other.permutation(len(data.validation))[:n]),
-        "test": test[other.permutation(len(test))[:n]],
-        "generated": run.sample(n)[1],
-    }
-    subjects = data.train.subjects[order[: 2 * n]]
-    images["reconstruction"] = run.reconstruct(images["train_again"])[1]
-    network = metrics.RandomFeatures()
-    pool = order[: 4 * n]
-    floor, _ = metrics.relative_floor(in_parts(network.features, data.train, pool), n)
-    fine_floor, _ = metrics.relative_floor(in_parts(network.fine_features, data.train, pool), n)
-    features = {name: network.features(x) for name, x in images.items()}
-    features["all train"] = in_parts(network.features, data.train, np.arange(len(data.train)))
-    fine = {name: network.fine_features(x) for name, x in images.items()}
-    return Sets(images, features, fine, floor, fine_floor, n, subjects[:n], subjects[n:])
-
-
-def score_generation(run: TrainedRun, data: Data, test: Tensor) -> dict:
-    """Each measure for generated slices, for reconstructions, and for real slices."""
-    sets = make_sets(run, data, test)
-    kinds = {
-        "generated": "generated",
-        "reconstruction": "reconstruction",
-        "real": "train_again",
-    }
-
-    def row(measure, **more) -> dict[str, float]:
-        return {kind: measure(name) for kind, name in kinds.items()} | more
-
-    def fd(a, b):
-        return metrics.frechet_distance(sets.features[a], sets.features[b]) / sets.floor
-
-    def fine(a, b):
-        return metrics.frechet_distance(sets.fine[a], sets.fine[b]) / sets.fine_floor
-
-    overlap = {
-        kind: metrics.prdc(sets.features["train"], sets.features[name])
-        for kind, name in kinds.items()
-    }
-    images = sets.images
-    result = {
-        "n": sets.n,
-        "fd_train": row(lambda name: fd(name, "train"), unseen_people=fd("test", "train")),
-        "fd_validation": row(lambda name: fd(name, "validation")),
-        "fd_test": row(lambda name: fd(name, "test")),
-        "fine_fd_train": row(
-            lambda name: fine(name, "train"), unseen_people=fine("test", "train")
-        ),
-        "fine_fd_reconstruction": {"generated": fine("generated", "reconstruction")},
-    }
-    for measure in ("precision", "recall", "density", "coverage"):
-        result[measure] = {kind: values[measure] for kind, values in overlap.items()}
-    result["kid_train"] = row(
-        lambda name: metrics.kid(sets.features[name], sets.features["train"])
-    )
-    result["c2st_auc"] = score_c2st(sets)
-    result["spectrum_db"] = score_spectrum(images)
-    result["memorised_share"] = score_memorisation(sets)
-    result["ms_ssim_of_pairs"] = row(lambda name: metrics.ms_ssim_of_pairs(images[name]))
-    result["ssim_to_nearest_test_slice"] = {
-        "generated": metrics.ssim_to_nearest(images["generated"], test),
-        "real": metrics.ssim_to_nearest(images["validation"], test),
-    }
-    result["as_the_seed_counts_it"] = metrics.seed_score(images["generated"][:1], test)
-    return result
-
-
-def score_c2st(sets: Sets) -> dict[str, float]:
-    """Held-out AUC of telling training slices from others, folds by subject."""
-    f, again = sets.features, sets.subjects_again
-    return {
-        "generated": metrics.c2st_auc(f["train"], f["generated"], sets.subjects),
-        "reconstruction": metrics.c2st_auc(
-            f["train"], f["reconstruction"], sets.subjects, again
-        ),
-        "real": metrics.c2st_auc(f["train"], f["train_again"], sets.subjects, again),
-    }
-
-
-def score_spectrum(images: dict[str, Tensor]) -> dict[str, float]:
-    """Mean difference of radial power spectra to training slices in dB, up to their noise."""
-    spectra = {name: metrics.radial_spectrum(x) for name, x in images.items()}
-    end = max(9, metrics.noise_floor(spectra["train"]))
-    kinds = {
-        "generated": "generated",
-        "reconstruction": "reconstruction",
-        "real": "train_again",
-    }
-    return {
-        kind: metrics.spectrum_difference(spectra["train"], spectra[name], end)
-        for kind, name in kinds.items()
-    }
-
-
-def score_memorisation(sets: Sets) -> dict[str, float]:
-    """Share of slices nearer to a training slice than 95 % of unseen people's slices are.
-
-    "planted_copies" are training slices: a control, which must be near 1.
-    """
-    kinds = {"generated": "generated", "planted_copies": "train_again"}
-    f = sets.features
-    return {
-        kind: metrics.memorisation(f[name], f["test"], f["all train"])[
-            "share_below_5th_percentile"
-        ]
-        for kind, name in kinds.items()
-    }
-
-
-LABELS = {
-    "fd_train": "relative FD to training slices",
-    "fd_validation": "relative FD to validation slices",
-    "fd_test": "relative FD to test slices",
-    "fine_fd_train": "fine-scale relative FD to training slices",
-    "fine_fd_reconstruction": "fine-scale relative FD to reconstructions",
-    "precision": "precision, k = 5",
-    "recall": "recall, k = 5",
-    "density": "density, k = 5",
-    "coverage": "coverage, k = 5",
-    "kid_train": "KID to training slices",
-    "c2st_auc": "classifier's AUC, real against this",
-    "spectrum_db": "power spectrum, mean difference in dB",
-    "memorised_share": "memorised share (0.05 is chance)",
-    "ms_ssim_of_pairs": "MS-SSIM of 1,000 random pairs",
-    "ssim_to_nearest_test_slice": "SSIM to nearest test slice",
-}
-
-
-def table(result: dict) -> str:
-    """The scores as text, each beside its references."""
-    r, c, g = result["reconstruction"], result["codebook"], result["generation"]
-    lines = [f"reconstruction, {r['n']} test slices, mean (sd):"]
-    for name in ("ssim", "ssim_in_brain", "ms_ssim", "psnr_db", "psnr_in_brain_db"):
-        lines.append(f"  {name:<26} {r[name]['mean']:8.4f} ({r[name]['sd']:.4f})")
-    lines += [
-        f"codebook: {c['used']} of {c['codes']} used, perplexity {c['perplexity']:.1f}, "
-        f"{c['bits_per_pixel']:.3f} bits per pixel",
-        f"generation, {g['n']} slices of each kind:",
-        f"  {'':<42}{'generated':>12}{'reconstr.':>12}{'real':>10}{'unseen people':>15}",
-    ]
-    for name, label in LABELS.items():
-        kinds = ("generated", "reconstruction", "real", "unseen_people")
-        cells = [f"{g[name][k]:.3f}" if k in g[name] else "" for k in kinds]
-        lines.append(f"  {label:<42}{cells[0]:>12}{cells[1]:>12}{cells[2]:>10}{cells[3]:>15}")
-    s = g["as_the_seed_counts_it"]
-    lines.append(
-        f"  one sample against every test slice, as the original project counts it: mean SSIM "
-        f"{s['mean']:.3f}, {100 * s['share_above']:.0f} % above 0.6"
-    )
-    return "\n".join(lines)
-
-
 # --- figures ------------------------------------------------------------------------------
 
 
-def save_figures(run: TrainedRun, data: Data, rows: list[dict]):
+def save_figures(run: TrainedRun, data: Data, scorer: Scorer, result: dict, rows: list[dict]):
     """Every figure of a finished run into its folder `figures`."""
     folder, stamp = run.folder / "figures", run.stamp
     folder.mkdir(exist_ok=True)
@@ -415,7 +230,7 @@ def save_figures(run: TrainedRun, data: Data, rows: list[dict]):
     maps, outputs = run.reconstruct(test)
     new_maps, new = run.sample(18)
     real, back, drawn = (x[:, 0].numpy() for x in (test, outputs, new))
-    bank = in_parts(metrics.thumbnails, data.train, np.arange(len(data.train)))
+    bank = in_parts(metrics.thumbnails, data.train)
     distances, nearest = metrics.nearest(new[:16], bank, k=1)
     neighbours = data.train.batch(nearest[:, 0])[:, 0].numpy()
     similarity = metrics.ssim(test[:8], outputs[:8]).tolist()
@@ -439,18 +254,45 @@ def save_figures(run: TrainedRun, data: Data, rows: list[dict]):
         "real_beside_generated": lambda: figures.real_beside_generated(
             real[::2], back[::2], drawn[:9], stamp
         ),
+        "overlap": lambda: draw_overlap(scorer, result, stamp),
+        "memorisation": lambda: draw_memorisation(scorer, stamp),
     }
     for name, make in drawings.items():
         runtime.save_figure(folder / f"{name}.png", make)
 
 
+def draw_overlap(scorer: Scorer, result: dict, stamp: str):
+    """Real, reconstructed and generated slices on two principal components of real ones."""
+    plane = PCA(2).fit(scorer.sets["train"].features)
+    names = {"real": "real", "reconstruction": "reconstructed", "generated": "generated"}
+    points = {name: plane.transform(scorer.sets[kind].features) for kind, name in names.items()}
+    notes = []
+    for kind, name in names.items():
+        scores = (
+            f"{m} {result['generation'][m][kind]:.2f}"
+            for m in ("precision", "recall", "coverage")
+        )
+        notes.append(f"{name}: {', '.join(scores)}")
+    return figures.overlap(points, notes, stamp)
+
+
+def draw_memorisation(scorer: Scorer, stamp: str):
+    near = scorer.near_training["features"]
+    shown = {"unseen people": near["test"], "generated": near["generated"]}
+    return figures.memorisation(shown, float(np.percentile(near["test"], 5)), stamp)
+
+
 # --- commands -----------------------------------------------------------------------------
 
 
+def as_bytes(image: np.ndarray) -> np.ndarray:
+    """(H, W) float [0,1] or uint8 -> uint8."""
+    return image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8)
+
+
 def write_png(path: Path, image: np.ndarray):
-    """image (H, W) float [0,1] or uint8 -> 8-bit grey PNG."""
-    pixels = image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8)
-    path.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    """(H, W) float [0,1] or uint8 -> 8-bit grey PNG."""
+    path.write_bytes(cv2.imencode(".png", as_bytes(image))[1].tobytes())
 
 
 def write_slices(folder: Path, parts: Iterator[Tensor]):
@@ -467,12 +309,57 @@ def write_slices(folder: Path, parts: Iterator[Tensor]):
 
 
 def generate_command(run: TrainedRun, arguments):
-    if arguments.n == 0:
-        raise UserError(Exit.USAGE, "--n 0: at least 1 slice")
-    starts = range(0, arguments.n, 256)
-    sizes = (min(256, arguments.n - start) for start in starts)
-    parts = (run.sample(n, arguments.seed, i)[1] for i, n in zip(starts, sizes, strict=True))
-    write_slices(Path(arguments.out or run.folder / "generated"), parts)
+    check_n(arguments.n, 1)
+    folder, n = Path(arguments.out or run.folder / "generated"), arguments.n
+    if arguments.level is not None and len(run.levels) == 0:
+        raise UserError(
+            Exit.USAGE, "--level: the slices that this run learned had no known levels"
+        )
+    if arguments.level == "sweep":
+        noise = run.noise(1, arguments.seed)[0].expand(n, -1)
+        images = run.draw(noise, torch.linspace(0, 1, n))[1]
+        write_slices(folder, iter([images]))
+        write_strip(folder, images, [f"level {v:.2f}" for v in np.linspace(0, 1, n)], run.stamp)
+        return
+    starts = range(0, n, 256)
+    parts = (
+        run.sample(min(256, n - start), arguments.seed, start, arguments.level)[1]
+        for start in starts
+    )
+    write_slices(folder, parts)
+
+
+def interpolate_command(run: TrainedRun, arguments):
+    """Along the great circle, where the noise has the length that the generator knows."""
+    check_n(arguments.n, 2)
+    folder = Path(arguments.out or run.folder / "interpolated")
+    (a, b), levels = run.noise(2, arguments.seed)
+    where = levels[0] if arguments.level is None else torch.tensor(arguments.level)
+    angle = torch.arccos(torch.cosine_similarity(a, b, dim=0))
+    t = torch.linspace(0, 1, arguments.n)[:, None]
+    noise = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+    images = run.draw(noise, where.expand(arguments.n))[1]
+    write_slices(folder, iter([images]))
+    write_strip(folder, images, [f"{v:.2f}" for v in t[:, 0].tolist()], run.stamp)
+
+
+def check_n(n: int, least: int):
+    if n < least:
+        raise UserError(Exit.USAGE, f"--n {n}: at least {least} slice{'s' * (least > 1)}")
+
+
+def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):
+    """strip.png, one row of at most 16 slices; walk.gif, all of them, there and back."""
+    some = np.unique(np.linspace(0, len(images) - 1, min(16, len(images))).astype(int))
+    row, chosen = images[some, 0].numpy(), [labels[i] for i in some]
+    runtime.save_figure(folder / "strip.png", lambda: figures.strip(row, chosen, stamp))
+    frames = [Image.fromarray(as_bytes(image)) for image in images[:, 0].numpy()]
+    there_and_back = frames + frames[-2:0:-1]
+    there_and_back[0].save(
+        folder / "walk.gif", save_all=True, append_images=there_and_back[1:],
+        duration=80, loop=0,
+    )  # fmt: skip
+    runtime.say(f"strip.png and walk.gif in {folder}")
 
 
 def reconstruct_command(run: TrainedRun, arguments):
@@ -514,15 +401,16 @@ def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
     """
     own = runtime.read_json(run.folder / "config.json")["config"]["samples"]
     name = "metrics.json" if run.config.samples == own else f"metrics-{run.config.samples}.json"
-    result = evaluate(run, data)
+    result, scorer = evaluate(run, data)
     runtime.say(table(result))
-    save_figures(run, data, runtime.Log(run.folder / "log.csv").rows())
+    save_figures(run, data, scorer, result, runtime.Log(run.folder / "log.csv").rows())
     runtime.write_json(run.folder / name, result)
     return result
 
 
 COMMANDS = {
     "generate": generate_command,
+    "interpolate": interpolate_command,
     "reconstruct": reconstruct_command,
     "evaluate": evaluate_command,
 }

@@ -523,7 +523,9 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
     real, level = gan.real(nimg, step)
     with runtime.autocast(device, config.precision):
         fake = gan.G(gan.noise(step), level)  # (B, C, 64, 64)
-    d_loss, penalties = discriminator_loss(gan, real, fake.detach().float(), level, step)
+    d_loss, real_score, penalties = discriminator_loss(
+        gan, real, fake.detach().float(), level, step
+    )
     gan.D_adam.zero_grad(set_to_none=True)
     d_loss.backward()
     gan.D_adam.step()
@@ -534,7 +536,8 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
         if config.gan_loss == "bce":
             g_loss = modules.bce_loss(fake_score, 1.0)
         else:
-            g_loss = modules.relativistic_loss(fake_score, gan.D(real, level).float())
+            # Real maps were judged a moment ago, one step of D before: as good, and for free.
+            g_loss = modules.relativistic_loss(fake_score, real_score.detach())
     gan.G_adam.zero_grad(set_to_none=True)
     g_loss.backward()
     gan.G_adam.step()
@@ -542,8 +545,12 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
     return {"g_loss": g_loss, "d_loss": d_loss, **penalties}
 
 
-def discriminator_loss(gan, real, fake, level, step) -> tuple[Tensor, dict[str, Tensor]]:
-    """D's loss, with R1 and R2 every `penalty_every` steps at that multiple of their weight.
+def discriminator_loss(
+    gan, real, fake, level, step
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """D's loss, its logits (B,) of the real maps, and the penalties if they were due.
+
+    R1 and R2 come every `penalty_every` steps at that multiple of their weight.
 
     Lazily, as Karras et al. 2020 (arXiv:1912.04958, appendix B), and in float32. BCE with
     BatchNorm sees real and generated maps in separate batches, as the original did.
@@ -552,17 +559,18 @@ def discriminator_loss(gan, real, fake, level, step) -> tuple[Tensor, dict[str, 
     if config.gan_loss == "bce":
         with runtime.autocast(gan.run.device, config.precision):
             scores = gan.D(real, level).float(), gan.D(fake, level).float()
-        return modules.bce_loss(scores[0], 1.0) + modules.bce_loss(scores[1], 0.0), {}
+        loss = modules.bce_loss(scores[0], 1.0) + modules.bce_loss(scores[1], 0.0)
+        return loss, scores[0], {}
     both, levels = torch.cat([real, fake]), torch.cat([level, level])
     with runtime.autocast(gan.run.device, config.precision):
         real_score, fake_score = gan.D(both, levels).float().chunk(2)
     loss = modules.relativistic_loss(real_score, fake_score)
     if step % config.penalty_every:
-        return loss, {}
+        return loss, real_score, {}
     r1, r2 = modules.gradient_penalty(gan.D, both, levels).chunk(2)
     r1, r2 = r1.mean(), r2.mean()
     loss = loss + config.gamma / 2 * config.penalty_every * (r1 + r2)
-    return loss, {"r1": r1, "r2": r2}
+    return loss, real_score, {"r1": r1, "r2": r2}
 
 
 @torch.no_grad()

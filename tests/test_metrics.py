@@ -203,7 +203,7 @@ def test_wrappers_refuse_unequal_and_too_small_images():
     with pytest.raises(ValueError, match="at least 161"):
         metrics.ms_ssim(x[..., :160], x[..., :160])
     with pytest.raises(ValueError, match="differ in shape"):
-        metrics.seed_score(x[:1, :, :100, :100], x)
+        metrics.ssim(x[:1], x[:2])
 
 
 # --- features -----------------------------------------------------------------------------
@@ -404,12 +404,15 @@ def test_c2st_folds_by_subject_do_not_reward_knowing_the_subject():
 def test_planted_copies_are_flagged_and_new_slices_are_not():
     train, held_out, new = normal(500, 6), normal(200, 6, 1), normal(200, 6, 2)
     copies = train[:200] + 1e-3 * normal(200, 6, 3)
-    flagged = metrics.memorisation(copies, held_out, train)
-    assert flagged["share_below_5th_percentile"] == 1
-    assert flagged["median_sample_distance"] < 0.01 * flagged["median_held_out_distance"]
-    assert metrics.memorisation(new, held_out, train)["share_below_5th_percentile"] < 0.12
-    half = metrics.memorisation(np.concatenate([copies[:100], new[:100]]), held_out, train)
-    assert 0.5 <= half["share_below_5th_percentile"] < 0.57
+    near = {
+        name: metrics.distance_to_nearest(x, train)
+        for name, x in (("copies", copies), ("held out", held_out), ("new", new))
+    }
+    assert near["new"][0] == pytest.approx(np.linalg.norm(train - new[0], axis=1).min())
+    assert metrics.memorised_share(near["copies"], near["held out"]) == 1
+    assert metrics.memorised_share(near["new"], near["held out"]) < 0.12
+    half = np.concatenate([near["copies"][:100], near["new"][:100]])
+    assert 0.5 <= metrics.memorised_share(half, near["held out"]) < 0.57
 
 
 # --- sets of images -----------------------------------------------------------------------
@@ -423,14 +426,6 @@ def test_a_constant_generator_fails_on_diversity():
     # Two images have one pair: never an image with itself.
     wanted = metrics.ms_ssim(real[:1], real[1:2]).item()
     assert metrics.ms_ssim_of_pairs(real[:2], 40) == pytest.approx(wanted, abs=1e-5)
-
-
-def test_seed_score_is_one_sample_against_every_test_image():
-    test = blobs(5)
-    wanted = [pytorch_msssim.ssim(test[2:3], t[None], data_range=1.0).item() for t in test]
-    got = metrics.seed_score(test[2], test)
-    assert got["mean"] == pytest.approx(np.mean(wanted), abs=1e-5)
-    assert got["share_above"] == pytest.approx(np.mean(np.array(wanted) > 0.6))
 
 
 def test_nearest_finds_copies_and_agrees_with_brute_force():
@@ -448,15 +443,16 @@ def test_nearest_finds_copies_and_agrees_with_brute_force():
 
 def test_ssim_to_nearest_is_one_for_copies_only():
     bank = blobs(12, 1)
-    assert metrics.ssim_to_nearest(bank[:3], bank) == pytest.approx(1, abs=1e-5)
+
+    def score(x, k):
+        return metrics.ssim_to_nearest(x, metrics.thumbnails(bank), bank.__getitem__, k)
+
+    assert score(bank[:3], 8) == pytest.approx(1, abs=1e-5)
     x = blobs(3, 2)
     all_pairs = torch.stack([metrics.ssim(x, b[None].expand_as(x)) for b in bank])
     wanted = all_pairs.amax(0).mean().item()
-    assert metrics.ssim_to_nearest(x, bank, k=12) == pytest.approx(wanted, abs=1e-5)
-    assert metrics.ssim_to_nearest(x, bank, k=1) <= wanted
-    assert metrics.ssim_to_nearest(x, bank, samples=1, k=12) == pytest.approx(
-        all_pairs[:, 0].max().item(), abs=1e-5
-    )
+    assert score(x, 12) == pytest.approx(wanted, abs=1e-5)
+    assert score(x, 1) <= wanted
 
 
 def test_sliced_wasserstein_sees_blur_at_the_finest_level_first():

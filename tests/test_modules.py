@@ -284,7 +284,7 @@ def test_principal_coordinates_against_weighted_covariance():
 
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_dcgan_shapes(batch_norm):
-    G = Generator(100, 8, 3, conditional=not batch_norm, bounded=True)
+    G = Generator(100, 8, 3, classic=batch_norm, bounded=True)
     D = Discriminator(8, 3, batch_norm)
     u = G(torch.randn(4, 100), torch.rand(4))
     assert u.shape == (4, 3, 64, 64) and u.abs().max() <= 1
@@ -292,7 +292,7 @@ def test_dcgan_shapes(batch_norm):
 
 
 def test_the_original_generator_has_the_papers_widths():
-    G = Generator(100, 128, 3, conditional=False, bounded=True)
+    G = Generator(100, 128, 3, classic=True, bounded=True)
     widths = [m.out_channels for m in G.layers if isinstance(m, torch.nn.ConvTranspose2d)]
     assert widths == [1024, 512, 256, 128, 3]
     D = Discriminator(64, 3, batch_norm=True)
@@ -326,7 +326,7 @@ def test_no_sample_depends_on_the_batch_it_was_drawn_in():
     code_map, _, _ = some_code_map()
     model, G = (
         VQVAE(codes=40).eval(),
-        Generator(100, 8, 1, conditional=True, bounded=True).eval(),
+        Generator(100, 8, 1, classic=False, bounded=True).eval(),
     )
     noise, level = noise_of(range(40), 100, 3, torch.linspace(0, 1, 32))
     maps, images = draw(G, code_map, model, noise, level)

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -67,7 +68,7 @@ def test_the_driver_writes_what_the_readme_lists(finished):
             "config.json", "log.csv", "run.log", "metrics.json", "figures", "codes.npy",
             "codes.pt", "vqvae_best.pt", "vqvae_last.pt", "dcgan_best.pt", "dcgan_last.pt",
         }  # fmt: skip
-        assert len(list((where / "out" / seed / "figures").glob("*.png"))) == 7
+        assert len(list((where / "out" / seed / "figures").glob("*.png"))) == 9
         maps = np.load(where / "out" / seed / "codes.npy", mmap_mode="r")
         assert maps.dtype == np.uint16 and maps.shape == (128, 64, 64)
     assert "24 subjects" in done.stdout and "warning" not in done.stderr
@@ -104,6 +105,41 @@ def test_generate_writes_grey_slices_that_depend_on_seed_and_number_alone(finish
     image = cv2.imread(str(where / "b/00034.png"), cv2.IMREAD_UNCHANGED)
     assert image.shape == (256, 256) and image.dtype == np.uint8
     assert (where / "a/grid.png").exists()
+
+
+def test_a_level_can_be_asked_for_and_swept(finished):
+    where, _ = finished
+    for level, out in (("0", "low"), ("1", "high"), ("sweep", "sweep")):
+        options = ["--n", 4, "--level", level, "--out", out]
+        done = script("predict.py", "generate", "out", *options, cwd=where)
+        assert done.returncode == 0, done.stderr
+    pictures = {
+        out: [(where / out / f"{i:05d}.png").read_bytes() for i in range(4)]
+        for out in ("low", "high", "sweep")
+    }
+    assert pictures["low"] != pictures["high"]
+    # One subject: its noise is that of sample 0, which the other two folders hold too.
+    assert pictures["sweep"][0] == pictures["low"][0]
+    assert pictures["sweep"][3] == pictures["high"][0]
+    assert (where / "sweep/strip.png").exists() and (where / "sweep/walk.gif").exists()
+    wrong = script("predict.py", "generate", "out", "--level", "1.5", cwd=where)
+    assert wrong.returncode == 2 and "0 to 1" in wrong.stderr
+
+
+def test_interpolation_walks_from_one_sample_to_the_next(finished):
+    where, _ = finished
+    options = ["--n", 5, "--level", 0.5, "--out", "walk"]
+    done = script("predict.py", "interpolate", "out", *options, cwd=where)
+    assert done.returncode == 0, done.stderr
+    options = ["--n", 2, "--level", 0.5, "--out", "ends"]
+    script("predict.py", "generate", "out", *options, cwd=where)
+    for step, sample in ((0, 0), (4, 1)):
+        walked = (where / f"walk/{step:05d}.png").read_bytes()
+        assert walked == (where / f"ends/{sample:05d}.png").read_bytes()
+    with Image.open(where / "walk/walk.gif") as gif:
+        assert gif.n_frames == 8 and gif.size == (256, 256)  # there and back
+    too_few = script("predict.py", "interpolate", "out", "--n", 1, cwd=where)
+    assert too_few.returncode == 2 and "at least 2" in too_few.stderr
 
 
 def test_reconstruct_takes_any_folder(finished, slices):

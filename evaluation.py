@@ -1,0 +1,483 @@
+"""How good a finished run is: every score with its reference, as one table and one dict.
+
+In: a run (`predict.TrainedRun`) and the data that it was trained on. Out: plain values for
+`metrics.json`; what figures need of them. The measures themselves are in `metrics`; here is
+what is compared with what. One set of slices lies in memory at a time.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metrics
+import modules
+import runtime
+from config import Exit, UserError
+from dataset import BrainSlices, Data
+from modules import generator_of
+
+PART = 256  # slices in memory at a time
+CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
+
+
+def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
+    """`measure` of many slices of a split (or of all), which need not fit into memory."""
+    indices = np.arange(len(split)) if indices is None else indices
+    parts = np.array_split(indices, max(1, len(indices) // PART))
+    return torch.cat([measure(split.batch(part)) for part in parts])
+
+
+# --- learned features ---------------------------------------------------------------------
+
+
+class SliceEncoder(nn.Module):
+    """An autoencoder's encoder: 64 numbers a slice, learned from the training split.
+
+    A second pair of eyes beside `metrics.RandomFeatures`: those see texture wherever it lies,
+    these see where things lie, since slices must be drawn again from 64 numbers. It is not the
+    model under test. Its one more output is the slice level.
+    """
+
+    SIZE = 64
+    BATCH, LR = 32, 2e-3
+    IMAGES = 24_000  # seen in training, or 8 passes where the split is small
+
+    def __init__(self):
+        super().__init__()
+
+        def down(ins, outs):
+            return nn.Conv2d(ins, outs, 3, 2, 1), nn.LeakyReLU(0.1)
+
+        def up(ins, outs):
+            return nn.ConvTranspose2d(ins, outs, 4, 2, 1), nn.LeakyReLU(0.1)
+
+        self.down = nn.Sequential(
+            *down(1, 16), *down(16, 32), *down(32, 64), *down(64, 64),
+            nn.Flatten(), nn.Linear(64 * 8 * 8, self.SIZE),
+        )  # fmt: skip
+        self.up = nn.Sequential(
+            nn.Linear(self.SIZE, 64 * 8 * 8), nn.Unflatten(1, (64, 8, 8)), nn.LeakyReLU(0.1),
+            *up(64, 64), *up(64, 32), *up(32, 16), nn.Conv2d(16, 1, 3, padding=1),
+        )  # fmt: skip
+        self.level = nn.Linear(self.SIZE, 1)
+        self.to(memory_format=torch.channels_last)
+
+    def loss(self, x: Tensor, level: Tensor) -> Tensor:
+        """x (B, 1, 256, 256), level (B,), NaN where unknown: squared errors, ()."""
+        code = self.down(F.avg_pool2d(x, 2))  # (B, 64)
+        drawn = F.mse_loss(self.up(code).float(), F.avg_pool2d(x, 4))
+        known = level.isfinite()
+        wrong = (self.level(code)[:, 0].float() - level.nan_to_num()) * known
+        return drawn + 0.01 * wrong.square().mean()
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(N, 1, 256, 256) -> (N, 65): 64 features, and the level that the slice looks like."""
+        codes = [self.down(F.avg_pool2d(part, 2)) for part in x.split(32)]
+        return torch.cat([torch.cat([code, self.level(code)], 1) for code in codes])
+
+
+def slice_encoder(data: Data, cache: Path) -> SliceEncoder:
+    """The encoder of this data set, trained on first use and kept in `cache`."""
+    path = cache / f"encoder-{data.fingerprint}.pt"
+    expected = {"stage": "encoder", "data": data.fingerprint}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = SliceEncoder()
+    try:
+        values = runtime.load_checkpoint(path, **expected)
+        return runtime.load_weights(encoder, values.get("encoder"), path).eval()
+    except UserError as problem:
+        if path.exists():
+            runtime.warn(f"{problem}; training it again")
+    train_encoder(encoder, data.train)
+    cache.mkdir(parents=True, exist_ok=True)
+    runtime.save_checkpoint(path, expected | {"encoder": encoder.state_dict()})
+    return encoder.eval()
+
+
+def train_encoder(encoder: SliceEncoder, train: BrainSlices):
+    steps = math.ceil(min(encoder.IMAGES, 8 * len(train)) / encoder.BATCH)
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=encoder.LR, fused=True)
+    rule = torch.optim.lr_scheduler.OneCycleLR(optimizer, encoder.LR, total_steps=steps)
+    levels = torch.from_numpy(train.levels)
+    for step in runtime.progress(range(steps), total=steps, label="encoder for scores"):
+        draw = generator_of(0, step)
+        rows = torch.randint(len(train), (encoder.BATCH,), generator=draw)
+        with runtime.autocast(torch.device("cpu"), "auto"):
+            loss = encoder.loss(train.batch(rows), levels[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        rule.step()
+
+
+# --- reconstruction -----------------------------------------------------------------------
+
+IMAGE_MEASURES = {
+    "ssim": metrics.ssim,
+    "ssim_in_brain": metrics.ssim_in_brain,
+    "ms_ssim": metrics.ms_ssim,
+    "psnr_db": metrics.psnr,
+    "psnr_in_brain_db": metrics.psnr_in_brain,
+}
+
+
+def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
+    """Scores of every test slice, mean and sd; and of the codebook that made them."""
+    used = set()
+
+    def measure(images: Tensor) -> Tensor:
+        maps, outputs = run.reconstruct(images)
+        used.update(maps.unique().tolist())
+        return torch.stack([f(images, outputs) for f in IMAGE_MEASURES.values()], 1)
+
+    values = dict(zip(IMAGE_MEASURES, in_parts(measure, test).T, strict=True))  # (n,) each
+    result = {
+        name: {"mean": value.mean().item(), "sd": value.std(correction=0).item()}
+        for name, value in values.items()
+    }
+    result |= {"n": len(test), "share_above_0.6": (values["ssim"] > 0.6).float().mean().item()}
+    fixed, entropy = metrics.bits_per_pixel(run.counts.numpy(), run.config.codes)
+    images = test.batch(evenly_spaced(len(test), CODEC_SLICES))
+    own = metrics.ssim(images, run.reconstruct(images)[1]).mean().item()
+    result["at_equal_bits"] = {"n": len(images), "codes": {"ssim": own, "bpp": fixed}}
+    result["at_equal_bits"] |= metrics.jpeg_webp_at(images, fixed)
+    total = modules.perplexity(run.counts)
+    codebook = {
+        "codes": run.config.codes,
+        "used": int((run.counts > 0).sum()),
+        "perplexity": total,
+        "perplexity_share": total / run.config.codes,
+        "used_on_test": len(used),
+        "bits_per_pixel": fixed,
+        "bits_per_pixel_entropy": entropy,
+    }
+    return result, codebook
+
+
+def evenly_spaced(n: int, count: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
+# --- generation ---------------------------------------------------------------------------
+
+
+@dataclass
+class Described:
+    """What is kept of one set of n slices."""
+
+    features: np.ndarray  # (n, 176) of random convolutions
+    fine: np.ndarray  # (n, 176) of the same, of the slice minus its 5x5 mean
+    learned: np.ndarray  # (n, 64) of the encoder
+    level_seen: np.ndarray  # (n,) the level that the slice looks like
+    spectrum: Tensor | None = None  # (R,) dB
+    pairs: float = math.nan  # mean MS-SSIM of random pairs
+    wasserstein: float = math.nan  # sliced, to the first draw of training slices
+    codes: tuple = ()  # histograms: codes (K,), horizontal pairs, vertical pairs (K, K)
+
+
+class Scorer:
+    """The sets that are compared, described: n slices of each kind.
+
+    train, real: two disjoint random draws of training slices. reconstruction: of `real`.
+    generated. validation, test: people whom the networks have not seen.
+    """
+
+    def __init__(self, run, data: Data):
+        self.run, self.data = run, data
+        sizes = len(data.test), len(data.validation), len(data.train) // 2
+        self.n = n = min(run.config.samples, *sizes)
+        self.random = metrics.RandomFeatures()
+        self.encoder = slice_encoder(data, Path(run.config.cache))
+        order = np.random.default_rng(0).permutation(len(data.train))
+        self.rows = {"train": order[:n], "real": order[n : 2 * n]}
+        other = np.random.default_rng(1)
+        self.rows["validation"] = other.permutation(len(data.validation))[:n]
+        self.rows["test"] = other.permutation(len(data.test))[:n]
+        self.units = self.unit_of_each(order[: 4 * n])
+        self.train_images = data.train.batch(self.rows["train"])
+        self.sets = {"train": self.describe(self.train_images, self.maps_of("train"))}
+        again = data.train.batch(self.rows["real"])
+        maps, outputs = run.reconstruct(again)
+        self.sets["real"] = self.describe(again, maps)
+        del again
+        self.sets["reconstruction"] = self.describe(outputs, maps)
+        del outputs
+        maps, images = run.sample(n)
+        self.level_asked = run.noise(n)[1]
+        self.first = images[:CODEC_SLICES].clone()
+        self.sets["generated"] = self.describe(images, maps)
+        del images
+        for name, split in (("validation", data.validation), ("test", data.test)):
+            self.sets[name] = self.features_of(split.batch(self.rows[name]))
+        # Copies of any training slice are looked for, not only of those in "train".
+        banks = {"features": self.random.features, "learned": self.learned}
+        self.near_training = {
+            of: {
+                kind: metrics.distance_to_nearest(getattr(self.sets[kind], of), bank)
+                for kind in ("generated", "validation", "test", "real")
+            }
+            for of, bank in ((of, in_parts(f, data.train)) for of, f in banks.items())
+        }
+
+    def maps_of(self, name: str) -> Tensor:
+        return self.run.reconstruct(self.data.train.batch(self.rows[name]))[0]
+
+    def learned(self, images: Tensor) -> Tensor:
+        return self.encoder.features(images)[:, :-1]
+
+    def unit_of_each(self, pool: np.ndarray) -> dict[str, float]:
+        """The units of relative FD: distance of random draws of n training slices."""
+        kinds = {
+            "features": self.random.features,
+            "fine": self.random.fine_features,
+            "learned": self.learned,
+        }
+        return {
+            name: metrics.relative_floor(in_parts(f, self.data.train, pool), self.n)[0]
+            for name, f in kinds.items()
+        }
+
+    def features_of(self, images: Tensor) -> Described:
+        learned = self.encoder.features(images).numpy()
+        return Described(
+            features=self.random.features(images).numpy(),
+            fine=self.random.fine_features(images).numpy(),
+            learned=learned[:, :-1],
+            level_seen=learned[:, -1],
+        )
+
+    def describe(self, images: Tensor, maps: Tensor) -> Described:
+        K, found = self.run.config.codes, self.features_of(images)
+        found.spectrum = metrics.radial_spectrum(images)
+        found.pairs = metrics.ms_ssim_of_pairs(images)
+        found.wasserstein = metrics.sliced_wasserstein(self.train_images, images)["mean"]
+        counts = torch.bincount(maps.flatten().cpu(), minlength=K).numpy()
+        found.codes = (counts, *metrics.code_pairs(maps, K))
+        return found
+
+    # Each score is a dict: what was scored -> number. "generated" is the result, the others
+    # are references.
+
+    def each(self, measure, *kinds: str) -> dict[str, float]:
+        kinds = kinds or ("generated", "reconstruction", "real")
+        return {kind: float(measure(self.sets[kind])) for kind in kinds}
+
+    def fd(self, of: str, against: str, unseen: bool = False) -> dict[str, float]:
+        """Relative FD of each kind; unseen: that of test slices is the honest mark."""
+
+        def measure(found: Described) -> float:
+            target = getattr(self.sets[against], of)
+            return metrics.frechet_distance(getattr(found, of), target) / self.units[of]
+
+        result = self.each(measure)
+        if unseen:
+            result["unseen_people"] = measure(self.sets["test"])
+        return result
+
+    def overlap(self, of: str) -> dict[str, dict[str, float]]:
+        """Precision, recall, density, coverage: measure -> kind -> number."""
+        target = getattr(self.sets["train"], of)
+        kinds = {k: metrics.prdc(target, getattr(self.sets[k], of)) for k in KINDS}
+        names = ("precision", "recall", "density", "coverage")
+        return {name: {k: values[name] for k, values in kinds.items()} for name in names}
+
+    def classifier(self) -> dict[str, float]:
+        """Held-out AUC of telling training slices from others, folds by subject."""
+        subjects = {k: self.data.train.subjects[self.rows[k]] for k in ("train", "real")}
+        groups = {"generated": None, "reconstruction": subjects["real"]}
+        groups["real"] = subjects["real"]
+        train = self.sets["train"].features
+        return {
+            kind: metrics.c2st_auc(train, self.sets[kind].features, subjects["train"], group)
+            for kind, group in groups.items()
+        }
+
+    def memorised(self, of: str) -> dict[str, float]:
+        """Share nearer to a training slice than 95 % of unseen people's slices are.
+
+        "planted_copies" are training slices: a control, which must be near 1.
+        """
+        near = self.near_training[of]
+        kinds = {"generated": "generated", "unseen_people": "validation"}
+        kinds["planted_copies"] = "real"
+        return {
+            name: metrics.memorised_share(near[kind], near["test"])
+            for name, kind in kinds.items()
+        }
+
+    def spectrum(self) -> dict[str, float]:
+        """Mean difference of radial power spectra to training slices, up to their noise."""
+        train = self.sets["train"].spectrum
+        end = max(9, metrics.noise_floor(train))
+        return self.each(lambda s: metrics.spectrum_difference(train, s.spectrum, end))
+
+    def codes(self) -> dict[str, dict[str, float]]:
+        """Total variation between code histograms, and between those of neighbours."""
+        names = ("code_tv", "code_pairs_tv_horizontal", "code_pairs_tv_vertical")
+        train = self.sets["train"].codes
+        return {
+            name: self.each(
+                lambda s, i=i: metrics.total_variation(train[i], s.codes[i]),
+                "generated",
+                "real",
+            )
+            for i, name in enumerate(names)
+        }
+
+    def level_error(self) -> dict[str, float]:
+        """Mean distance of the level that a slice looks like from the one that it has."""
+        data = {"validation": self.data.validation, "test": self.data.test}
+        asked = {name: split.levels[self.rows[name]] for name, split in data.items()}
+        asked["real"] = asked["reconstruction"] = self.data.train.levels[self.rows["real"]]
+        asked["generated"] = self.level_asked.numpy()
+
+        def error(kind: str) -> float:
+            return float(np.abs(self.sets[kind].level_seen - asked[kind]).mean())
+
+        kinds = {kind: error(kind) for kind in KINDS} | {"unseen_people": error("test")}
+        return {kind: value for kind, value in kinds.items() if math.isfinite(value)}
+
+    def near_test(self) -> dict[str, float]:
+        """Mean, over 128 slices, of the highest SSIM among the 8 nearest test slices."""
+        bank = in_parts(metrics.thumbnails, self.data.test)
+        real = self.data.validation.batch(self.rows["validation"][:CODEC_SLICES])
+        kinds = {"generated": self.first, "real": real}
+        return {
+            kind: metrics.ssim_to_nearest(images, bank, self.data.test.batch)
+            for kind, images in kinds.items()
+        }
+
+    def as_the_seed_counts_it(self) -> dict[str, float]:
+        one = self.first[:1]
+        scores = in_parts(lambda x: metrics.ssim(one.expand_as(x), x), self.data.test)
+        return {
+            "mean": scores.mean().item(),
+            "share_above": (scores > 0.6).float().mean().item(),
+        }
+
+
+KINDS = ("generated", "reconstruction", "real")
+
+
+def score_generation(scorer: Scorer) -> dict:
+    """Each measure for generated slices, for reconstructions, and for real slices."""
+    s = scorer
+    result = {
+        "n": s.n,
+        "fd_train": s.fd("features", "train", unseen=True),
+        "fd_validation": s.fd("features", "validation"),
+        "fd_test": s.fd("features", "test"),
+        "learned_fd_train": s.fd("learned", "train", unseen=True),
+        "learned_fd_validation": s.fd("learned", "validation"),
+        "learned_fd_test": s.fd("learned", "test"),
+        "fine_fd_train": s.fd("fine", "train", unseen=True),
+        "fine_fd_reconstruction": {"generated": s.fd("fine", "reconstruction")["generated"]},
+        **s.overlap("features"),
+        **{f"learned_{name}": row for name, row in s.overlap("learned").items()},
+    }
+    for name, of in (("kid_train", "features"), ("learned_kid_train", "learned")):
+        train = getattr(s.sets["train"], of)
+        result[name] = s.each(lambda x, of=of, train=train: metrics.kid(getattr(x, of), train))
+    result["c2st_auc"] = s.classifier()
+    result["spectrum_db"] = s.spectrum()
+    result["sliced_wasserstein"] = s.each(lambda x: x.wasserstein)
+    result["ms_ssim_of_pairs"] = s.each(lambda x: x.pairs)
+    result |= s.codes()
+    if level := s.level_error():
+        result["level_error"] = level
+    result["memorised_share"] = s.memorised("features")
+    result["learned_memorised_share"] = s.memorised("learned")
+    result["ssim_to_nearest_test_slice"] = s.near_test()
+    result["as_the_seed_counts_it"] = s.as_the_seed_counts_it()
+    return result
+
+
+def evaluate(run, data: Data) -> tuple[dict, Scorer]:
+    """Every score of a run, as plain values; see README, "How quality is measured"."""
+    if data.fingerprint != run.fingerprint:
+        raise UserError(
+            Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
+        )
+    reconstruction, codebook = score_reconstruction(run, data.test)
+    scorer = Scorer(run, data)
+    result = {
+        "seed": run.seed,
+        "stamp": run.stamp,
+        "reconstruction": reconstruction,
+        "codebook": codebook,
+        "generation": score_generation(scorer),
+    }
+    result["peak_memory_mb"] = round(runtime.peak_memory_mb())
+    return result, scorer
+
+
+# --- the table ----------------------------------------------------------------------------
+
+LABELS = {
+    "fd_train": "relative FD to training slices",
+    "fd_validation": "relative FD to validation slices",
+    "fd_test": "relative FD to test slices",
+    "learned_fd_train": "relative FD to training slices, encoder",
+    "learned_fd_validation": "relative FD to validation slices, encoder",
+    "learned_fd_test": "relative FD to test slices, encoder",
+    "fine_fd_train": "fine-scale relative FD to training slices",
+    "fine_fd_reconstruction": "fine-scale relative FD to reconstructions",
+    "precision": "precision, k = 5",
+    "recall": "recall, k = 5",
+    "density": "density, k = 5",
+    "coverage": "coverage, k = 5",
+    "learned_precision": "precision, k = 5, encoder",
+    "learned_recall": "recall, k = 5, encoder",
+    "learned_density": "density, k = 5, encoder",
+    "learned_coverage": "coverage, k = 5, encoder",
+    "kid_train": "KID to training slices",
+    "learned_kid_train": "KID to training slices, encoder",
+    "c2st_auc": "classifier's AUC, real against this",
+    "spectrum_db": "power spectrum, mean difference in dB",
+    "sliced_wasserstein": "sliced Wasserstein distance of patches",
+    "ms_ssim_of_pairs": "MS-SSIM of 1,000 random pairs",
+    "code_tv": "codes, total variation",
+    "code_pairs_tv_horizontal": "pairs of codes side by side, the same",
+    "code_pairs_tv_vertical": "pairs of codes one above the other, the same",
+    "level_error": "slice level, mean error",
+    "memorised_share": "memorised share (0.05 is chance)",
+    "learned_memorised_share": "memorised share, encoder",
+    "ssim_to_nearest_test_slice": "SSIM to nearest test slice",
+}
+
+
+def table(result: dict) -> str:
+    """The scores as text, each beside its references."""
+    r, c, g = result["reconstruction"], result["codebook"], result["generation"]
+    lines = [f"reconstruction, {r['n']} test slices, mean (sd):"]
+    for name in IMAGE_MEASURES:
+        lines.append(f"  {name:<26} {r[name]['mean']:8.4f} ({r[name]['sd']:.4f})")
+    codecs = {k: v for k, v in r["at_equal_bits"].items() if k != "n"}
+    shown = ", ".join(f"{k} {v['ssim']:.4f} ({v['bpp']:.3f})" for k, v in codecs.items())
+    lines += [
+        f"  SSIM at equal bits (bits per pixel), {r['at_equal_bits']['n']} slices: {shown}",
+        f"codebook: {c['used']} of {c['codes']} used, perplexity {c['perplexity']:.1f}, "
+        f"{c['bits_per_pixel']:.3f} bits per pixel",
+        f"generation, {g['n']} slices of each kind:",
+        f"  {'':<46}{'generated':>12}{'reconstr.':>12}{'real':>10}{'unseen people':>15}",
+    ]
+    for name, label in LABELS.items():
+        if name in g:
+            kinds = (*KINDS, "unseen_people")
+            cells = [f"{g[name][k]:.3f}" if k in g[name] else "" for k in kinds]
+            lines.append(
+                f"  {label:<46}{cells[0]:>12}{cells[1]:>12}{cells[2]:>10}{cells[3]:>15}"
+            )
+    s = g["as_the_seed_counts_it"]
+    lines.append(
+        f"  one sample against every test slice, as the original project counts it: mean SSIM "
+        f"{s['mean']:.3f}, {100 * s['share_above']:.0f} % above 0.6"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""What `evaluate` says of generators whose quality is known: new slices, copies, one slice."""
+
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import evaluation
+from config import Config
+from dataset import BrainSlices, Data
+
+PEOPLE, LEVELS = {"train": 40, "validation": 12, "test": 12}, 8
+
+
+def slices_of(people: int, seed: int) -> np.ndarray:
+    """Grey ellipses with spots, larger and brighter with the level: uint8 (n, 256, 256)."""
+    draw, slices = np.random.default_rng(seed), []
+    for _ in range(people):
+        size = draw.uniform(0.8, 1.2)
+        for level in range(LEVELS):
+            image = np.zeros((256, 256), np.uint8)
+            radius = int((40 + 6 * level) * size)
+            cv2.ellipse(image, (128, 128), (radius, radius + 10), 0, 0, 360, 120, -1)
+            for _ in range(12):
+                x, y = draw.normal(128, 25, 2).astype(int).tolist()
+                cv2.circle(image, (x, y), 8, int(draw.integers(60, 250)), -1)
+            slices.append(image)
+    return np.stack(slices)
+
+
+@pytest.fixture(scope="module")
+def data():
+    pixels, splits, start = [], {}, 0
+    for seed, (part, people) in enumerate(PEOPLE.items()):
+        pixels.append(slices_of(people, seed))
+        n = len(pixels[-1])
+        names = np.repeat([f"{part}-{i}" for i in range(people)], LEVELS)
+        levels = np.tile(np.linspace(0, 1, LEVELS), people)
+        splits[part] = [np.arange(start, start + n), names, levels]
+        start += n
+    images = np.concatenate(pixels)
+    made = {part: BrainSlices(images, *columns) for part, columns in splits.items()}
+    return Data(**made, images=images, fingerprint="f", embedded=False, stamp="", report={})
+
+
+def run_of(data, cache, drawn: np.ndarray):
+    """A run that reconstructs with some blur, and that generates the slices `drawn`."""
+    images = torch.from_numpy(drawn)[:, None].float() / 255
+
+    def maps(x):
+        return (torch.nn.functional.avg_pool2d(x, 4)[:, 0] * 15).long()
+
+    def reconstruct(x):
+        blurred = [cv2.GaussianBlur(image, (0, 0), 2) for image in x[:, 0].numpy()]
+        return maps(x), torch.from_numpy(np.stack(blurred))[:, None]
+
+    def noise(n):
+        return None, torch.from_numpy(np.resize(np.linspace(0, 1, LEVELS), n)).float()
+
+    return SimpleNamespace(
+        config=Config(samples=96, codes=16, cache=str(cache)), fingerprint="f", seed=0,
+        stamp="", folder="run", counts=torch.ones(16), reconstruct=reconstruct, noise=noise,
+        sample=lambda n: (maps(images[:n]), images[:n]),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def score(data, tmp_path_factory):
+    """From a generator's slices to its scores; the encoder is trained once."""
+    cache = tmp_path_factory.mktemp("cache")
+    return lambda drawn: evaluation.evaluate(run_of(data, cache, drawn), data)[0]
+
+
+def test_fresh_slices_of_new_people_score_as_real_ones(score):
+    result = score(slices_of(12, 99))
+    g = result["generation"]
+    for name in ("fd_train", "learned_fd_train", "fine_fd_train"):
+        assert g[name]["generated"] < 2 * g[name]["real"] + 1, name
+    assert g["fd_train"]["reconstruction"] > 3 * g["fd_train"]["real"]  # blur is seen
+    assert g["memorised_share"]["generated"] < 0.2
+    assert g["memorised_share"]["planted_copies"] == 1
+    assert g["learned_memorised_share"]["planted_copies"] == 1
+    assert g["c2st_auc"]["generated"] < 0.7 < g["c2st_auc"]["reconstruction"]
+    assert g["code_tv"]["generated"] < 0.05 > g["code_pairs_tv_vertical"]["generated"]
+    assert g["level_error"]["generated"] < 0.2 and g["level_error"]["unseen_people"] < 0.2
+    assert 0 < result["reconstruction"]["ssim"]["mean"] < 1
+    assert set(result["reconstruction"]["at_equal_bits"]) == {"n", "codes", "jpeg", "webp"}
+    text = evaluation.table(result)
+    assert all(label in text for label in evaluation.LABELS.values())
+
+
+def test_copies_of_training_slices_are_flagged_in_both_spaces(score, data):
+    g = score(data.images[: 12 * LEVELS])["generation"]
+    assert g["memorised_share"]["generated"] == 1
+    assert g["learned_memorised_share"]["generated"] == 1
+
+
+def test_one_slice_again_and_again_fails_on_diversity(score):
+    g = score(np.repeat(slices_of(1, 99)[4:5], 12 * LEVELS, 0))["generation"]
+    assert g["recall"]["generated"] == 0 == g["learned_recall"]["generated"]
+    assert g["ms_ssim_of_pairs"]["generated"] > 0.999 > g["ms_ssim_of_pairs"]["real"]
+    assert g["fd_train"]["generated"] > 5 * g["fd_train"]["real"]
+    assert g["level_error"]["generated"] > 2 * g["level_error"]["unseen_people"]
+
+
+def test_the_encoder_is_trained_once_and_a_damaged_one_again(data, tmp_path, capsys):
+    first = evaluation.slice_encoder(data, tmp_path)
+    x = data.test.batch(range(8))
+    (path,) = tmp_path.glob("encoder-*.pt")
+    before = path.stat().st_mtime_ns
+    again = evaluation.slice_encoder(data, tmp_path)
+    assert path.stat().st_mtime_ns == before
+    assert torch.equal(first.features(x), again.features(x))
+    path.write_bytes(path.read_bytes()[:-100])
+    third = evaluation.slice_encoder(data, tmp_path)
+    assert "training it again" in capsys.readouterr().err
+    assert torch.equal(first.features(x), third.features(x))
