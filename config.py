@@ -127,7 +127,7 @@ class Config:
     )
     reconstruction: str = option(
         "ssim",
-        "loss: 4 L1 + (1 - SSIM of a random crop), or squared error over data variance",
+        "loss: L1 + 1 - SSIM + strength of detail, or squared error over data variance",
         choices=("ssim", "mse"),
     )
     lr: float = option(3e-3, "Adam's learning rate, VQ-VAE", low=1e-8, high=1)
@@ -157,16 +157,16 @@ class Config:
         4, "C, principal coordinates, or copies of the binned map", low=1, high=64
     )
     noise_dim: int = option(100, "Z, numbers of noise per sample", low=1, high=4096)
-    gamma: float = option(1.0, "weight of R1 and of R2", low=0, high=1e4)
+    gamma: float = option(0.3, "weight of R1 and of R2", low=0, high=1e4)
     penalty_every: int = option(8, "steps between R1 and R2 penalties", low=1, high=1024)
-    gan_lr: float = option(4e-4, "Adam's learning rate, DCGAN", low=1e-8, high=1)
+    gan_lr: float = option(8e-4, "Adam's learning rate, DCGAN", low=1e-8, high=1)
     gan_beta1: float = option(0.0, "Adam's beta 1, DCGAN", low=0, high=0.9999)
     ema_kimg: float = option(
         5.0, "half-life of the generator's weight average, thousands of maps", low=0, high=1e5
     )
     gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
-        195.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        120.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     # Evaluation
@@ -215,7 +215,7 @@ PRESETS = {
     "smoke": {
         "subjects": (12, 3, 3), "vqvae_kimg": 2.0, "gan_kimg": 4.0, "samples": 64,
     },
-    "long": {"vqvae_kimg": 60.0, "gan_kimg": 360.0},
+    "long": {"vqvae_kimg": 40.0, "gan_kimg": 360.0},
     "full": {
         "widths": (64, 32), "residual_blocks": 2, "vqvae_kimg": 400.0,
         "gan_widths": (128, 64), "gan_kimg": 2000.0, "batch_size": 64,

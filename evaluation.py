@@ -471,7 +471,8 @@ def table(result: dict) -> str:
     for name, label in LABELS.items():
         if name in g:
             kinds = (*KINDS, "unseen_people")
-            cells = [f"{g[name][k]:.3f}" if k in g[name] else "" for k in kinds]
+            digits = 5 if "kid" in name else 3
+            cells = [f"{g[name][k]:.{digits}f}" if k in g[name] else "" for k in kinds]
             lines.append(
                 f"  {label:<46}{cells[0]:>12}{cells[1]:>12}{cells[2]:>10}{cells[3]:>15}"
             )

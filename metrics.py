@@ -254,6 +254,11 @@ def high_pass(x: Tensor) -> Tensor:
     return x - sum(rows[..., k : k + height, :] for k in range(5)) / 25     # (B,1,H,W)
 
 
+def detail_strength(x: Tensor) -> Tensor:
+    """Root mean square of `high_pass` in every 16x16 patch: differentiable, (B,1,H/16,W/16)."""
+    return F.avg_pool2d(high_pass(x).square(), 16).add(1e-5).sqrt()
+
+
 # --- set against set: features ------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ ROWS = 40  # rows of log.csv per stage
 CHECKPOINT_EVERY_S = 60
 WARM_UP = 0.05  # share of a stage's steps over which the learning rate rises
 PLAIN = 0.1  # share of the VQ-VAE's steps before its codebook starts from what z has become
+DETAIL = 2.0  # weight of the strength of detail in the reconstruction loss
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
@@ -286,14 +287,19 @@ def update_codebook(model: VQVAE, quantized, stage: Stage) -> Tensor:
 def reconstruction_loss(
     output, images, config, variance: float, crop: torch.Generator
 ) -> Tensor:
-    """4 L1 + (1 - SSIM of one random 128x128 window), or squared error over data variance."""
+    """L1, and in one random 128x128 window 1 - SSIM and the difference in strength of detail.
+
+    Or squared error over data variance. Where a decoder cannot know a detail, the best guess by
+    error is to leave it out: the third term wants as much of it as there was, wherever it lies.
+    """
     if config.reconstruction == "mse":
         return F.mse_loss(output, images) / variance
     size = min(128, images.shape[-1])
     top, left = torch.randint(0, images.shape[-1] - size + 1, (2,), generator=crop).tolist()
     window = (..., slice(top, top + size), slice(left, left + size))
-    similarity = metrics.ssim_core(output[window], images[window]).mean()
-    return 4 * F.l1_loss(output, images) + 1 - similarity
+    x, y = output[window], images[window]
+    detail = F.l1_loss(metrics.detail_strength(x), metrics.detail_strength(y))
+    return F.l1_loss(output, images) + 1 - metrics.ssim_core(x, y).mean() + DETAIL * detail
 
 
 def data_variance(train: BrainSlices) -> float:

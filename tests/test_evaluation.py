@@ -102,7 +102,7 @@ def test_one_slice_again_and_again_fails_on_diversity(score):
     assert g["recall"]["generated"] == 0 == g["learned_recall"]["generated"]
     assert g["ms_ssim_of_pairs"]["generated"] > 0.999 > g["ms_ssim_of_pairs"]["real"]
     assert g["fd_train"]["generated"] > 5 * g["fd_train"]["real"]
-    assert g["level_error"]["generated"] > 2 * g["level_error"]["unseen_people"]
+    assert g["level_error"]["generated"] > 1.5 * g["level_error"]["unseen_people"]
 
 
 def test_the_encoder_is_trained_once_and_a_damaged_one_again(data, tmp_path, capsys):

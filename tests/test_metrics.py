@@ -377,6 +377,18 @@ def test_feature_measures_refuse_nan():
             measure(a, spoiled)
 
 
+def test_strength_of_detail_sees_blur_but_not_place():
+    x = noisy(blobs(2, side=64), 0.1)
+    blurred = torch.from_numpy(cv2.GaussianBlur(x[0, 0].numpy(), (0, 0), 2))[None, None]
+    assert (metrics.detail_strength(blurred) < 0.5 * metrics.detail_strength(x[:1])).all()
+    shifted = x.roll(16, 3)
+    strength, moved = metrics.detail_strength(x), metrics.detail_strength(shifted)
+    torch.testing.assert_close(moved[..., 2:3], strength[..., 1:2], rtol=0, atol=1e-6)
+    flat = torch.zeros(1, 1, 32, 32, requires_grad=True)
+    metrics.detail_strength(flat).sum().backward()
+    assert flat.grad.isfinite().all()
+
+
 # --- C2ST, memorisation -------------------------------------------------------------------
 
 
