@@ -209,22 +209,30 @@ class Scorer:
         del again
         self.sets["reconstruction"] = self.describe(outputs, maps)
         del outputs
-        maps, images = run.sample(n)
-        self.level_asked = run.noise(n)[1]
-        self.first = images[:CODEC_SLICES].clone()
-        self.sets["generated"] = self.describe(images, maps)
-        del images
         for name, split in (("validation", data.validation), ("test", data.test)):
             self.sets[name] = self.features_of(split.batch(self.rows[name]))
         # Copies of any training slice are looked for, not only of those in "train".
-        banks = {"features": self.random.features, "learned": self.learned}
-        self.near_training = {
-            of: {
-                kind: metrics.distance_to_nearest(getattr(self.sets[kind], of), bank)
-                for kind in ("generated", "validation", "test", "real")
-            }
-            for of, bank in ((of, in_parts(f, data.train)) for of, f in banks.items())
+        self.all_train = {
+            "features": in_parts(self.random.features, data.train),
+            "learned": in_parts(self.learned, data.train),
         }
+        self.near_training = {of: {} for of in self.all_train}
+        for name in ("validation", "test", "real"):
+            self.measure_nearest(name)
+        self.draw(run)
+
+    def draw(self, run):
+        """Make n slices of `run` the generated ones."""
+        maps, images = run.sample(self.n)
+        self.level_asked = run.noise(self.n)[1]
+        self.first = images[:CODEC_SLICES].clone()
+        self.sets["generated"] = self.describe(images, maps)
+        self.measure_nearest("generated")
+
+    def measure_nearest(self, name: str):
+        for of, bank in self.all_train.items():
+            found = metrics.distance_to_nearest(getattr(self.sets[name], of), bank)
+            self.near_training[of][name] = found
 
     def maps_of(self, name: str) -> Tensor:
         return self.run.reconstruct(self.data.train.batch(self.rows[name]))[0]

@@ -421,8 +421,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, seed: int = 0, patches: int = 32) -
     generator = torch.Generator().manual_seed(seed)
     result, size = {}, x.shape[2]
     while size >= 16:
-        a, b = _laplacian(x, size > 31), _laplacian(y, size > 31)           # (N,1,h,w)
-        a, b = (_patches(z, patches, generator) for z in (a, b))            # (N*P,49)
+        a, b = (_patches(z, size > 31, patches, generator) for z in (x, y)) # (N*P,49)
         mean, sd = a.mean(), a.std().clamp(min=1e-8)
         directions = F.normalize(torch.randn(49, 128, generator=generator), dim=0).to(a)
         a, b = (((z - mean) / sd @ directions).sort(0).values for z in (a, b))
@@ -438,12 +437,19 @@ def _laplacian(x: Tensor, coarser: bool) -> Tensor:
     return x - F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode="bilinear")
 
 
-def _patches(x: Tensor, count: int, generator: torch.Generator, side: int = 7) -> Tensor:
+def _patches(
+    x: Tensor, coarser: bool, count: int, generator: torch.Generator, side: int = 7
+) -> Tensor:
+    """Random patches of every image's Laplacian level, a few images at a time: (N*P,49)."""
     n, _, height, width = x.shape
     top = torch.randint(height - side + 1, (n, count, 1, 1), generator=generator)
     left = torch.randint(width - side + 1, (n, count, 1, 1), generator=generator)
-    steps, image = torch.arange(side), torch.arange(n)[:, None, None, None]
-    return x[:, 0][image, top + steps[:, None], left + steps].flatten(2).flatten(0, 1)
+    steps, parts = torch.arange(side), []
+    for part, i, j in zip(x.split(32), top.split(32), left.split(32), strict=True):
+        image = torch.arange(len(part))[:, None, None, None]
+        level = _laplacian(part, coarser)[:, 0]                             # (B,h,w)
+        parts.append(level[image, i + steps[:, None], j + steps].flatten(2).flatten(0, 1))
+    return torch.cat(parts)
 
 
 def radial_spectrum(x: Tensor) -> Tensor:
