@@ -2,9 +2,10 @@
 
 In: a run (`predict.TrainedRun`) and the data that it was trained on. Out: plain values for
 `metrics.json`; what figures need of them. The measures themselves are in `metrics`; here is
-what is compared with what. One set of slices lies in memory at a time.
+what is compared with what. Of most sets only features are kept, not the slices.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
     """`measure` of many slices of a split (or of all), which need not fit into memory."""
     indices = np.arange(len(split)) if indices is None else indices
-    parts = np.array_split(indices, max(1, len(indices) // PART))
+    parts = np.array_split(indices, max(1, math.ceil(len(indices) / PART)))
     return torch.cat([measure(split.batch(part)) for part in parts])
 
 
@@ -43,6 +44,7 @@ class SliceEncoder(nn.Module):
     model under test. Its one more output is the slice level.
     """
 
+    VERSION = 1  # raise it when its networks or their training change
     SIZE = 64
     BATCH, LR = 32, 2e-3
     IMAGES = 24_000  # seen in training, or 8 passes where the split is small
@@ -83,9 +85,10 @@ class SliceEncoder(nn.Module):
 
 
 def slice_encoder(data: Data, cache: Path) -> SliceEncoder:
-    """The encoder of this data set, trained on first use and kept in `cache`."""
-    path = cache / f"encoder-{data.fingerprint}.pt"
-    expected = {"stage": "encoder", "data": data.fingerprint}
+    """The encoder of this training split, trained on first use and kept in `cache`."""
+    people = hashlib.sha256(data.train.rows.tobytes()).hexdigest()[:8]
+    path = cache / f"encoder-{data.fingerprint}-{people}.pt"
+    expected = {"stage": "encoder", "version": SliceEncoder.VERSION, "data": data.fingerprint}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = SliceEncoder()
@@ -177,9 +180,9 @@ class Described:
     learned: np.ndarray  # (n, 64) of the encoder
     level_seen: np.ndarray  # (n,) the level that the slice looks like
     spectrum: Tensor | None = None  # (R,) dB
-    pairs: float = math.nan  # mean MS-SSIM of random pairs
-    wasserstein: float = math.nan  # sliced, to the first draw of training slices
     codes: tuple = ()  # histograms: codes (K,), horizontal pairs, vertical pairs (K, K)
+    pairs: float = math.nan  # mean MS-SSIM of random pairs
+    wasserstein: float = math.nan  # sliced, to "train"
 
 
 class Scorer:
@@ -202,7 +205,7 @@ class Scorer:
         self.rows["test"] = other.permutation(len(data.test))[:n]
         self.units = self.unit_of_each(order[: 4 * n])
         self.train_images = data.train.batch(self.rows["train"])
-        self.sets = {"train": self.describe(self.train_images, self.maps_of("train"))}
+        self.sets = {"train": self.seen(self.train_images, run.encode(self.train_images))}
         again = data.train.batch(self.rows["real"])
         maps, outputs = run.reconstruct(again)
         self.sets["real"] = self.describe(again, maps)
@@ -217,14 +220,14 @@ class Scorer:
             "learned": in_parts(self.learned, data.train),
         }
         self.near_training = {of: {} for of in self.all_train}
-        for name in ("validation", "test", "real"):
+        for name in ("validation", "test", "real", "reconstruction"):
             self.measure_nearest(name)
         self.draw(run)
 
     def draw(self, run):
         """Make n slices of `run` the generated ones."""
         maps, images = run.sample(self.n)
-        self.level_asked = run.noise(self.n)[1]
+        self.level_asked, self.conditional = run.noise(self.n)[1], run.conditional
         self.first = images[:CODEC_SLICES].clone()
         self.sets["generated"] = self.describe(images, maps)
         self.measure_nearest("generated")
@@ -233,9 +236,6 @@ class Scorer:
         for of, bank in self.all_train.items():
             found = metrics.distance_to_nearest(getattr(self.sets[name], of), bank)
             self.near_training[of][name] = found
-
-    def maps_of(self, name: str) -> Tensor:
-        return self.run.reconstruct(self.data.train.batch(self.rows[name]))[0]
 
     def learned(self, images: Tensor) -> Tensor:
         return self.encoder.features(images)[:, :-1]
@@ -261,13 +261,19 @@ class Scorer:
             level_seen=learned[:, -1],
         )
 
-    def describe(self, images: Tensor, maps: Tensor) -> Described:
+    def seen(self, images: Tensor, maps: Tensor) -> Described:
+        """A set alone: features, spectrum, codes."""
         K, found = self.run.config.codes, self.features_of(images)
         found.spectrum = metrics.radial_spectrum(images)
-        found.pairs = metrics.ms_ssim_of_pairs(images)
-        found.wasserstein = metrics.sliced_wasserstein(self.train_images, images)["mean"]
         counts = torch.bincount(maps.flatten().cpu(), minlength=K).numpy()
         found.codes = (counts, *metrics.code_pairs(maps, K))
+        return found
+
+    def describe(self, images: Tensor, maps: Tensor) -> Described:
+        """The same, and what its slices are to each other and to "train"."""
+        found = self.seen(images, maps)
+        found.pairs = metrics.ms_ssim_of_pairs(images)
+        found.wasserstein = metrics.sliced_wasserstein(self.train_images, images)["mean"]
         return found
 
     # Each score is a dict: what was scored -> number. "generated" is the result, the others
@@ -297,10 +303,15 @@ class Scorer:
         return {name: {k: values[name] for k, values in kinds.items()} for name in names}
 
     def classifier(self) -> dict[str, float]:
-        """Held-out AUC of telling training slices from others, folds by subject."""
+        """Held-out AUC of telling training slices from others, folds by subject.
+
+        Nothing where all training slices are of one subject.
+        """
         subjects = {k: self.data.train.subjects[self.rows[k]] for k in ("train", "real")}
         groups = {"generated": None, "reconstruction": subjects["real"]}
         groups["real"] = subjects["real"]
+        if min(len(set(names.tolist())) for names in subjects.values()) < 2:
+            return {}
         train = self.sets["train"].features
         return {
             kind: metrics.c2st_auc(train, self.sets[kind].features, subjects["train"], group)
@@ -310,11 +321,12 @@ class Scorer:
     def memorised(self, of: str) -> dict[str, float]:
         """Share nearer to a training slice than 95 % of unseen people's slices are.
 
-        "planted_copies" are training slices: a control, which must be near 1.
+        Controls: "planted_copies" are training slices, at distance 0. A decoder cannot draw
+        those; the best copies that it can draw are "reconstruction"s of training slices.
         """
         near = self.near_training[of]
-        kinds = {"generated": "generated", "unseen_people": "validation"}
-        kinds["planted_copies"] = "real"
+        kinds = {"generated": "generated", "reconstruction": "reconstruction"}
+        kinds |= {"unseen_people": "validation", "planted_copies": "real"}
         return {
             name: metrics.memorised_share(near[kind], near["test"])
             for name, kind in kinds.items()
@@ -340,17 +352,23 @@ class Scorer:
         }
 
     def level_error(self) -> dict[str, float]:
-        """Mean distance of the level that a slice looks like from the one that it has."""
+        """Mean distance of the level that a slice looks like from the one that it has.
+
+        Of slices whose level is known; a generator without levels is not scored.
+        """
         data = {"validation": self.data.validation, "test": self.data.test}
         asked = {name: split.levels[self.rows[name]] for name, split in data.items()}
         asked["real"] = asked["reconstruction"] = self.data.train.levels[self.rows["real"]]
         asked["generated"] = self.level_asked.numpy()
 
-        def error(kind: str) -> float:
-            return float(np.abs(self.sets[kind].level_seen - asked[kind]).mean())
-
-        kinds = {kind: error(kind) for kind in KINDS} | {"unseen_people": error("test")}
-        return {kind: value for kind, value in kinds.items() if math.isfinite(value)}
+        kinds = {kind: kind for kind in KINDS} | {"unseen_people": "test"}
+        result = {}
+        for name, kind in kinds.items():
+            known = np.isfinite(asked[kind])
+            if known.any() and (name != "generated" or self.conditional):
+                errors = np.abs(self.sets[kind].level_seen - asked[kind])
+                result[name] = float(errors[known].mean())
+        return result
 
     def near_test(self) -> dict[str, float]:
         """Mean, over 128 slices, of the highest SSIM among the 8 nearest test slices."""
@@ -393,7 +411,8 @@ def score_generation(scorer: Scorer) -> dict:
     for name, of in (("kid_train", "features"), ("learned_kid_train", "learned")):
         train = getattr(s.sets["train"], of)
         result[name] = s.each(lambda x, of=of, train=train: metrics.kid(getattr(x, of), train))
-    result["c2st_auc"] = s.classifier()
+    if classifier := s.classifier():
+        result["c2st_auc"] = classifier
     result["spectrum_db"] = s.spectrum()
     result["sliced_wasserstein"] = s.each(lambda x: x.wasserstein)
     result["ms_ssim_of_pairs"] = s.each(lambda x: x.pairs)
@@ -484,7 +503,8 @@ def table(result: dict) -> str:
             lines.append(
                 f"  {label:<46}{cells[0]:>12}{cells[1]:>12}{cells[2]:>10}{cells[3]:>15}"
             )
-    s = g["as_the_seed_counts_it"]
+    s, copies = g["as_the_seed_counts_it"], g["memorised_share"]["planted_copies"]
+    lines.append(f"  memorised share of planted training slices, a control: {copies:.3f}")
     lines.append(
         f"  one sample against every test slice, as the original project counts it: mean SSIM "
         f"{s['mean']:.3f}, {100 * s['share_above']:.0f} % above 0.6"

@@ -355,13 +355,14 @@ class CodeMap(nn.Module):
         self.register_buffer("used", used)
         self.register_buffer("points", points)
         self.register_buffer("rank", rank)                                # (K,), -1: never used
-        self.even = points.shape[1] == 1
+        self.even = torch.equal(points, even_middles(len(used)))
 
     @classmethod
     def fit(cls, codebook: Tensor, counts: Tensor, order: str, channels: int) -> "CodeMap":
         """From the codebook (K, D) and the training split's code histogram (K,)."""
         used = counts.nonzero().flatten()                                 # (U,)
-        y = principal_coordinates(codebook[used], counts[used], channels) # (U, C)
+        y = principal_coordinates(codebook[used], counts[used], channels) # (U, C or D)
+        y = F.pad(y, (0, channels - y.shape[1]))                          # (U, C)
         if order != "raw":
             by_pc1 = y[:, 0].argsort(stable=True)
             used, y = used[by_pc1], y[by_pc1]
@@ -369,8 +370,7 @@ class CodeMap(nn.Module):
             weight = counts[used].double()[:, None] / counts.sum()        # (U, 1)
             sd = (weight * y[:, :1].square()).sum().sqrt()                # ()
             return cls(used, (y / sd.clamp_min(1e-9)).float(), len(codebook))
-        middles = (torch.arange(len(used)) + 0.5) * (2 / len(used)) - 1
-        return cls(used, middles[:, None], len(codebook))
+        return cls(used, even_middles(len(used)), len(codebook))
 
     def encode(self, indices: Tensor) -> Tensor:
         """Index maps (B, h, w) int64 -> (B, C, h, w) float32.
@@ -401,6 +401,11 @@ class CodeMap(nn.Module):
             u = (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
         ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)        # +1: the last bin
         return self.used[ranks]                                           # (B, h, w)
+
+
+def even_middles(bins: int) -> Tensor:
+    """Middles (bins, 1) of even bins of (-1, 1)."""
+    return ((torch.arange(bins) + 0.5) * (2 / bins) - 1)[:, None]
 
 
 def nearest_row(x: Tensor, rows: Tensor) -> Tensor:

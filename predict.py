@@ -1,4 +1,4 @@
-"""From a finished run to images and scores: generate, reconstruct, evaluate.
+"""From a finished run to images and scores: generate, interpolate, reconstruct, evaluate.
 
 In: a results folder (its best run) or the folder of one seed. Out: 8-bit grey PNGs of 256x256,
 `metrics.json`, figures. In a notebook:
@@ -29,7 +29,12 @@ def level(text: str) -> float:
 
 
 def level_or_sweep(text: str) -> float | str:
-    return text if text == "sweep" else level(text)
+    if text == "sweep":
+        return text
+    try:
+        return level(text)
+    except argparse.ArgumentTypeError as problem:
+        raise argparse.ArgumentTypeError(f"{problem}, and sweep") from None
 
 
 def parse():
@@ -149,13 +154,23 @@ class TrainedRun:
         stretch = self.config.gan_loss == "bce"
         return modules.draw(self.generator, self.code_map, self.vqvae, noise, level, stretch)
 
+    @property
+    def conditional(self) -> bool:
+        """Whether a slice level can be asked for."""
+        return self.generator.conditional and len(self.levels) > 0
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Slices (n, 1, 256, 256) [0,1] -> index maps (n, 64, 64)."""
+        parts = images.split(32)
+        return torch.cat([self.vqvae.encode(part.to(self.device)).cpu() for part in parts])
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Slices (n, 1, 256, 256) [0,1] -> index maps (n, 64, 64), slices of equal shape."""
-        maps = [self.vqvae.encode(part.to(self.device)) for part in images.split(32)]
-        return torch.cat(maps).cpu(), torch.cat(
-            [self.vqvae.decode(part).cpu() for part in maps]
-        )
+        maps = self.encode(images)
+        parts = [self.vqvae.decode(part.to(self.device)).cpu() for part in maps.split(32)]
+        return maps, torch.cat(parts)
 
     def ranks(self, maps: Tensor) -> np.ndarray:
         """Index maps as ranks 0..U-1, for pictures: similar numbers are similar codes."""
@@ -263,7 +278,7 @@ def save_figures(run: TrainedRun, data: Data, scorer: Scorer, result: dict, rows
 
 def draw_overlap(scorer: Scorer, result: dict, stamp: str):
     """Real, reconstructed and generated slices on two principal components of real ones."""
-    plane = PCA(2).fit(scorer.sets["train"].features)
+    plane = PCA(2, svd_solver="full").fit(scorer.sets["train"].features)
     names = {"real": "real", "reconstruction": "reconstructed", "generated": "generated"}
     points = {name: plane.transform(scorer.sets[kind].features) for kind, name in names.items()}
     notes = []
@@ -311,10 +326,7 @@ def write_slices(folder: Path, parts: Iterator[Tensor]):
 def generate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 1)
     folder, n = Path(arguments.out or run.folder / "generated"), arguments.n
-    if arguments.level is not None and len(run.levels) == 0:
-        raise UserError(
-            Exit.USAGE, "--level: the slices that this run learned had no known levels"
-        )
+    check_level(run, arguments.level)
     if arguments.level == "sweep":
         noise = run.noise(1, arguments.seed)[0].expand(n, -1)
         images = run.draw(noise, torch.linspace(0, 1, n))[1]
@@ -332,15 +344,25 @@ def generate_command(run: TrainedRun, arguments):
 def interpolate_command(run: TrainedRun, arguments):
     """Along the great circle, where the noise has the length that the generator knows."""
     check_n(arguments.n, 2)
+    check_level(run, arguments.level)
     folder = Path(arguments.out or run.folder / "interpolated")
     (a, b), levels = run.noise(2, arguments.seed)
     where = levels[0] if arguments.level is None else torch.tensor(arguments.level)
-    angle = torch.arccos(torch.cosine_similarity(a, b, dim=0))
+    # Slerp (Shoemake 1985); the limits keep it finite where a and b are parallel.
+    angle = torch.arccos(torch.cosine_similarity(a, b, dim=0).clamp(-0.999, 0.999))
     t = torch.linspace(0, 1, arguments.n)[:, None]
     noise = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
     images = run.draw(noise, where.expand(arguments.n))[1]
     write_slices(folder, iter([images]))
     write_strip(folder, images, [f"{v:.2f}" for v in t[:, 0].tolist()], run.stamp)
+
+
+def check_level(run: TrainedRun, level):
+    if level is not None and not run.conditional:
+        raise UserError(
+            Exit.USAGE, "--level: this run knows no slice levels (its data had none, or it is "
+            "of --gan-loss bce); leave --level out",
+        )  # fmt: skip
 
 
 def check_n(n: int, least: int):

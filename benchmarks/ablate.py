@@ -4,16 +4,18 @@
     python benchmarks/ablate.py RUN --rows pc1 raw   # these
     python benchmarks/ablate.py --table              # the README's table, from the CSV
 
-RUN is the folder of a finished seed: its VQ-VAE and index maps are shared by all rows. A row is
-a whole DCGAN, trained for `--kimg` thousand maps and scored as `predict.py evaluate` does. Rows
-go to `ablation.csv` beside this file, their networks to `--out`, where a stopped row continues.
+RUN is the folder of a finished seed of preset `quick`: its VQ-VAE and index maps are shared by
+all rows. A row is a whole DCGAN, trained on 40,000 maps and scored as `predict.py evaluate`
+does. Rows go to `ablation.csv` beside this file, their networks to `--out`, where a stopped row
+continues. Not among the rows: quantile bins, a Kohonen chain, logits with soft embeddings, an
+autoregressive prior.
 """
 
 import argparse
 import csv
-import os
+import shutil
+import statistics
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +32,11 @@ import modules
 import predict
 import runtime
 import train
+from config import Config, Exit, UserError
 from dataset import open_data
 
+KIMG = 40.0  # maps seen per row, thousands: about 3 minutes on two cores
+# BCE, BatchNorm in both networks, no slice level, no averaging, the original's learning rate
 BCE = {"gan_loss": "bce", "gan_beta1": 0.5, "gan_lr": 2e-4, "ema_kimg": 0.0}
 ONE = {"map_channels": 1}
 
@@ -39,12 +44,11 @@ ONE = {"map_channels": 1}
 ROWS = {
     "coordinates": ("4 principal coordinates, nearest code (the default)", {}),
     "pc1": ("one channel, PC-1 order, even bins", {"order": "pc1", **ONE}),
-    "quantile": ("one channel, PC-1 order, quantile bins", {"order": "pc1", **ONE}),
     "salesman": ("one channel, travelling-salesman order, even bins", {"order": "pc1", **ONE}),
     "raw": ("one channel, raw index order, even bins", {"order": "raw", **ONE}),
-    "coordinates-bce": ("4 principal coordinates, BCE and BatchNorm", BCE),
+    "coordinates-bce": ("4 principal coordinates, the original's loss and networks", BCE),
     "original": (
-        "the original: three copies, raw order, even bins, BCE and BatchNorm",
+        "three copies, raw order, even bins, the original's loss and networks",
         {"order": "raw", "map_channels": 3, **BCE},
     ),
     "no-average": ("the default without averaging the generator", {"ema_kimg": 0.0}),
@@ -59,18 +63,12 @@ SCORES = {
     "code_tv": "codes, TV",
     "code_pairs_tv_horizontal": "pairs, TV",
 }
-COLUMNS = ("row", "seed", "kimg", "seconds", *SCORES)
+REFERENCES = {"real": "(real slices)", "reconstruction": "(their reconstructions)"}
+COLUMNS = ("row", "seed", "base", "seconds", *SCORES)
 CSV = HERE / "ablation.csv"
 
 
-# --- orders that are not in modules.py, since they did not win -----------------------------
-
-
-def quantile_bins(fitted: modules.CodeMap, codebook, counts) -> tuple[torch.Tensor, ...]:
-    """PC-1 order; a bin is as wide as its code is frequent. Two equal channels."""
-    share = counts[fitted.used].double() / counts.sum()
-    middles = (share.cumsum(0) - share / 2) * 2 - 1
-    return fitted.used, middles.float()[:, None].expand(-1, 2).contiguous()
+# --- an order that is not in modules.py, since it did not win --------------------------------
 
 
 def salesman_order(fitted: modules.CodeMap, codebook, counts) -> tuple[torch.Tensor, ...]:
@@ -97,25 +95,21 @@ def salesman_order(fitted: modules.CodeMap, codebook, counts) -> tuple[torch.Ten
     return fitted.used[torch.from_numpy(path)], fitted.points
 
 
-OWN_MAPS = {"quantile": quantile_bins, "salesman": salesman_order}
+OWN_MAPS = {"salesman": salesman_order}
 
 
 # --- one row ------------------------------------------------------------------------------
 
 
-def prepare(name: str, base: predict.TrainedRun, folder: Path, kimg: float, data, seed: int):
+def prepare(name: str, base: predict.TrainedRun, folder: Path, data, seed: int) -> train.Run:
     """A run whose VQ-VAE and index maps are those of `base`, and whose DCGAN is not trained."""
-    changes = dict(ROWS[name][1])
-    if name == "quantile":
-        changes["map_channels"] = 2
-    config = replace(base.config, gan_kimg=kimg, **changes)
+    config = replace(base.config, gan_kimg=KIMG, **ROWS[name][1])
     run = train.open_seed(folder, config, seed, data)
     mine = run.fingerprint()
     for file in ("vqvae_best.pt", "vqvae_last.pt"):
         values = runtime.load_checkpoint(base.folder / file) | mine
         runtime.save_checkpoint(run.path(file), values)
-    if not run.path("codes.npy").exists():
-        os.link(base.folder / "codes.npy", run.path("codes.npy"))
+    shutil.copyfile(base.folder / "codes.npy", run.path("codes.npy"))
     codebook = base.vqvae.quantizer.codebook.cpu()
     fitted = modules.CodeMap.fit(codebook, base.counts, config.order, config.map_channels)
     used, points = fitted.used, fitted.points
@@ -128,20 +122,25 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, kimg: float, data
     return run
 
 
-def measure(name: str, run: train.Run, scorer: evaluation.Scorer, kimg: float) -> dict:
-    start = time.monotonic()
+def measure(name: str, run: train.Run, scorer: evaluation.Scorer) -> list[dict]:
+    """Train and score one row; with the first come the references."""
     with run.signals:
         train.train_dcgan(run)
-    seconds = time.monotonic() - start
+    seconds = runtime.load_checkpoint(run.path("dcgan_last.pt"))["seconds"]
     trained = predict.load_run(run.folder)
     scorer.draw(trained)
     scores = evaluation.score_generation(scorer)
     images = trained.sample(8)[1][:, 0].numpy()
     runtime.save_figure(
-        run.folder.parent / f"{name}.png", lambda: figures.strip(images, (), trained.stamp)
+        run.folder.parent / "samples.png", lambda: figures.strip(images, (), trained.stamp)
     )
-    row = {"row": name, "seed": run.seed, "kimg": kimg, "seconds": round(seconds)}
-    return row | {key: round(scores[key]["generated"], 4) for key in SCORES}
+    rows = [{"row": name, "seed": run.seed, "seconds": round(seconds)}]
+    rows[0] |= {key: round(scores[key]["generated"], 4) for key in SCORES}
+    if not read_rows():
+        for kind in REFERENCES:
+            found = {k: round(scores[k][kind], 4) for k in SCORES if kind in scores[k]}
+            rows.append({"row": kind} | found)
+    return rows
 
 
 def read_rows() -> list[dict]:
@@ -151,35 +150,35 @@ def read_rows() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def append_row(row: dict):
+def append(rows: list[dict]):
     new = not CSV.exists()
     with open(CSV, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
 def table() -> str:
-    """The README's table; a row that was not measured says so."""
+    """The README's table: means over seeds; a row that was not measured says so."""
     found = read_rows()
-    lines = ["| what the GAN draws, and its loss | " + " | ".join(SCORES.values()) + " |"]
+    lines = ["| what the GAN draws, and how it learns | " + " | ".join(SCORES.values()) + " |"]
     lines.append("| --- |" + " --- |" * len(SCORES))
-    for name, (label, _) in ROWS.items():
+    labels = {name: label for name, (label, _) in ROWS.items()} | REFERENCES
+    for name, label in labels.items():
         mine = [row for row in found if row["row"] == name]
-        if not mine:
-            cells = ["not measured", *[""] * (len(SCORES) - 1)]
-        elif len(mine) == 1:
-            cells = [_shown(float(mine[0][key])) for key in SCORES]
-        else:
-            values = {key: np.array([float(row[key]) for row in mine]) for key in SCORES}
-            cells = [f"{_shown(v.mean())} ({_shown(v.std(ddof=1))})" for v in values.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        columns = {k: [float(row[k]) for row in mine if row[k]] for k in SCORES}
+        cells = [_shown(values) for values in columns.values()]
+        lines.append(f"| {label} | " + " | ".join(cells if mine else ["not measured"]) + " |")
     return "\n".join(lines)
 
 
-def _shown(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def _shown(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    text = f"{mean:.0f}" if abs(mean) >= 100 else f"{mean:.3g}"
+    return text if len(values) == 1 else f"{text} ({statistics.stdev(values):.2g})"
 
 
 def main():
@@ -188,7 +187,6 @@ def main():
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished seed")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="[all]")
-    parser.add_argument("--kimg", type=float, default=40.0, help="maps seen, thousands [40]")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the DCGANs [0]")
     parser.add_argument("--out", default="runs/ablation", help="[runs/ablation]")
     parser.add_argument("--table", action="store_true", help="print the table and end")
@@ -198,17 +196,23 @@ def main():
         return
     base = predict.load_run(arguments.run)
     data = open_data(base.config)
-    done = {(row["row"], int(row["seed"]), float(row["kimg"])) for row in read_rows()}
+    if data.fingerprint != base.fingerprint:
+        raise UserError(Exit.CHECKPOINT, f"{base.folder} was trained on other data")
+    if replace(base.config, gan_kimg=KIMG).identity() != Config(gan_kimg=KIMG).identity():
+        raise UserError(Exit.CHECKPOINT, f"{base.folder} is not of preset quick")
+    mark = f"{runtime.checksum(base.folder / 'codes.pt'):08x}"
+    if {row["base"] for row in read_rows()} - {mark}:
+        raise UserError(Exit.BUSY, f"{CSV} holds rows of another VQ-VAE: move it away")
+    done = {(row["row"], row["seed"]) for row in read_rows()}
     scorer = None
     for name in arguments.rows:
-        if (name, arguments.seed, arguments.kimg) in done:
+        if (name, str(arguments.seed)) in done:
             continue
-        folder = Path(arguments.out) / name
-        run = prepare(name, base, folder, arguments.kimg, data, arguments.seed)
+        run = prepare(name, base, Path(arguments.out) / mark / name, data, arguments.seed)
         scorer = scorer or evaluation.Scorer(base, data)
-        row = measure(name, run, scorer, arguments.kimg)
-        append_row(row)
-        runtime.say(", ".join(f"{key} {value}" for key, value in row.items()))
+        rows = [row | {"base": mark} for row in measure(name, run, scorer)]
+        append(rows)
+        runtime.say(", ".join(f"{key} {value}" for key, value in rows[0].items()))
 
 
 if __name__ == "__main__":

@@ -146,36 +146,35 @@ def generator() -> Figure:
     fig, ax = canvas(900, 378)
     y, noise = 274, noise_picture().reshape(-1, 1)[:20]
     strip(ax, (56, 68), (y - 75, y + 75), noise, "Greys")
-    blocks = [(118, 112, 30, 4), (300, 82, 50, 8), (448, 56, 80, 16), (576, 36, 118, 32)]
+    blocks = [(112, 100, 26, 4), (266, 72, 42, 8), (396, 48, 66, 16), (504, 32, 96, 32)]
+    blocks.append((604, 18, 126, 64))
     for x, width, height, _ in blocks:
         cuboid(ax, x, y - height / 2, width, height, 0.3 * height, GAN)
-    picture(ax, 788, y, 150, quarter(drawn_brain(seed=3)))
-    gaps = [(74, 112), (246, 294), (402, 442), (534, 570), (654, 708)]
+    picture(ax, 812, y, 134, quarter(drawn_brain(seed=3)))
+    gaps = [(72, 106), (224, 260), (355, 390), (468, 498), (569, 598)]
     for (x0, x1), stride in zip(gaps, (1, 2, 2, 2, 2), strict=True):
         arrow(ax, (x0, y), (x1, y), CONV)
         write(ax, (x0 + x1) / 2, y + 12, f"stride {stride}", size=7.5, color=CONV)
-    table(ax, [62, 178, 350, 488, 606, 788])
-    text = "transposed convolution, kernel 4 × 4; "
-    text += "then BatchNorm and ReLU; after the last nothing (in the original tanh)"
-    arrow(ax, (112, 22), (134, 22), CONV)
-    write(ax, 142, 22, text, ha="left")
+    arrow(ax, (668, y), (738, y), POINT)
+    write(ax, 703, y + 12, "3 × 3", size=7.5, color=POINT)
+    table(ax, [62, 166, 308, 426, 528, 628, 812])
+    text = "transposed convolution, kernel 4 × 4; then BatchNorm and ReLU"
+    arrow(ax, (60, 22), (82, 22), CONV)
+    write(ax, 90, 22, text, ha="left")
+    arrow(ax, (484, 22), (506, 22), POINT)
+    text = "convolution (the original has no such layer, but tanh)"
+    write(ax, 514, 22, text, ha="left")
     return fig
 
 
 def table(ax, columns: list[float]):
     """Under the blocks: their sizes and channels, as formulas and for two widths w."""
+    sizes = ("4 × 4", "8 × 8", "16 × 16", "32 × 32", "64 × 64", "coordinates, 64 × 64")
     rows = {
-        168: (
-            "100 numbers",
-            "4 × 4",
-            "8 × 8",
-            "16 × 16",
-            "32 × 32",
-            "coordinates, 64 × 64",
-        ),
-        144: ("and slice level", "8 w channels", "4 w", "2 w", "w", "C"),
-        100: ("default, w = 32", "256", "128", "64", "32", "4"),
-        76: ("original, w = 128", "1024", "512", "256", "128", "3 (copies)"),
+        168: ("100 numbers", *sizes),
+        144: ("and slice level", "8 w channels", "4 w", "2 w", "w", "w / 2", "C"),
+        100: ("default, w = 32", "256", "128", "64", "32", "16", "4"),
+        76: ("original, w = 128", "1024", "512", "256", "128", "-", "3 (copies)"),
     }
     for y, cells in rows.items():
         for x, cell in zip(columns, cells, strict=True):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import ablate
-import numpy as np
 import torch
 
 from config import Config
@@ -29,16 +28,6 @@ def test_the_salesman_goes_to_every_used_code_on_a_shorter_way():
     assert length(used, codebook) < 0.8 * length(fitted.used, codebook)
     maps = torch.arange(1, 60)[None, None]
     code_map = CodeMap(used, points, 60)
-    assert torch.equal(code_map.decode(code_map.encode(maps)), maps)
-
-
-def test_quantile_bins_are_as_wide_as_their_codes_are_frequent():
-    fitted, codebook, counts = some_codes()
-    used, points = ablate.quantile_bins(fitted, codebook, counts)
-    share = counts[used] / counts.sum()
-    np.testing.assert_allclose(points[0, 0], share[0] - 1, atol=1e-6)
-    np.testing.assert_allclose(points[1, 0] - points[0, 0], share[0] + share[1], atol=1e-6)
-    code_map, maps = CodeMap(used, points, 60), torch.arange(1, 60)[None, None]
     assert torch.equal(code_map.decode(code_map.encode(maps)), maps)
 
 

@@ -1,5 +1,6 @@
 """What `evaluate` says of generators whose quality is known: new slices, copies, one slice."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -62,7 +63,7 @@ def run_of(data, cache, drawn: np.ndarray):
     return SimpleNamespace(
         config=Config(samples=96, codes=16, cache=str(cache)), fingerprint="f", seed=0,
         stamp="", folder="run", counts=torch.ones(16), reconstruct=reconstruct, noise=noise,
-        sample=lambda n: (maps(images[:n]), images[:n]),
+        encode=maps, conditional=True, sample=lambda n: (maps(images[:n]), images[:n]),
     )  # fmt: skip
 
 
@@ -95,6 +96,14 @@ def test_copies_of_training_slices_are_flagged_in_both_spaces(score, data):
     g = score(data.images[: 12 * LEVELS])["generation"]
     assert g["memorised_share"]["generated"] == 1
     assert g["learned_memorised_share"]["generated"] == 1
+
+
+def test_an_encoder_is_not_shared_by_another_split(data, tmp_path):
+    first = evaluation.slice_encoder(data, tmp_path)
+    other = replace(data, train=data.validation, validation=data.train)
+    second = evaluation.slice_encoder(other, tmp_path)
+    x = data.test.batch(range(4))
+    assert not torch.equal(first.features(x), second.features(x))
 
 
 def test_one_slice_again_and_again_fails_on_diversity(score):

@@ -279,6 +279,16 @@ def test_principal_coordinates_against_weighted_covariance():
     np.testing.assert_allclose(np.diag(covariance), np.linalg.eigvalsh(original)[::-1])
 
 
+@pytest.mark.parametrize(("dim", "channels"), [(6, 1), (2, 4)])
+def test_coordinates_of_any_number_lead_back_to_the_index(dim, channels):
+    codebook = torch.randn(20, dim, generator=torch.Generator().manual_seed(0))
+    code_map = CodeMap.fit(codebook, torch.ones(20), "coordinates", channels)
+    maps = torch.arange(20).view(1, 4, 5)
+    u = code_map.encode(maps)
+    assert u.shape == (1, channels, 4, 5) and not code_map.even
+    assert torch.equal(code_map.decode(u), maps)
+
+
 # --- DCGAN --------------------------------------------------------------------------------
 
 
