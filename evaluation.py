@@ -99,6 +99,7 @@ def slice_encoder(data: Data, cache: Path) -> SliceEncoder:
         if path.exists():
             runtime.warn(f"{problem}; training it again")
     train_encoder(encoder, data.train)
+    runtime.release_memory()
     cache.mkdir(parents=True, exist_ok=True)
     runtime.save_checkpoint(path, expected | {"encoder": encoder.state_dict()})
     return encoder.eval()
