@@ -213,7 +213,7 @@ def _plain(value):
 PRESETS = {
     "quick": {},
     "smoke": {
-        "subjects": (12, 3, 3), "vqvae_kimg": 2.0, "gan_kimg": 4.0, "samples": 64,
+        "subjects": (10, 2, 2), "vqvae_kimg": 1.0, "gan_kimg": 2.0, "samples": 64,
     },
     "long": {"vqvae_kimg": 40.0, "gan_kimg": 360.0},
     "full": {

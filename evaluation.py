@@ -172,6 +172,9 @@ def evenly_spaced(n: int, count: int) -> np.ndarray:
 # --- generation ---------------------------------------------------------------------------
 
 
+KINDS = ("generated", "reconstruction", "real")  # what is scored, and its references
+
+
 @dataclass
 class Described:
     """What is kept of one set of n slices."""
@@ -281,8 +284,7 @@ class Scorer:
     # are references.
 
     def each(self, measure, *kinds: str) -> dict[str, float]:
-        kinds = kinds or ("generated", "reconstruction", "real")
-        return {kind: float(measure(self.sets[kind])) for kind in kinds}
+        return {kind: float(measure(self.sets[kind])) for kind in kinds or KINDS}
 
     def fd(self, of: str, against: str, unseen: bool = False) -> dict[str, float]:
         """Relative FD of each kind; unseen: that of test slices is the honest mark."""
@@ -388,9 +390,6 @@ class Scorer:
             "mean": scores.mean().item(),
             "share_above": (scores > 0.6).float().mean().item(),
         }
-
-
-KINDS = ("generated", "reconstruction", "real")
 
 
 def score_generation(scorer: Scorer) -> dict:

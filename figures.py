@@ -231,6 +231,12 @@ def strip(images: Array, labels: Sequence[str] = (), stamp: str = "") -> Figure:
     return _stacks([Layer("", images)], stamp, labels, columns=len(images))
 
 
+def side_by_side(rows: dict[str, Array], stamp: str = "") -> Figure:
+    """Label -> slices: one row for each, equally long."""
+    layers = [Layer(label, images) for label, images in rows.items()]
+    return _stacks(layers, stamp, columns=len(layers[0].images))
+
+
 def real_beside_generated(
     real: Array, reconstructed: Array, generated: Array, stamp: str = ""
 ) -> Figure:

@@ -130,10 +130,6 @@ def measure(name: str, run: train.Run, scorer: evaluation.Scorer) -> list[dict]:
     trained = predict.load_run(run.folder)
     scorer.draw(trained)
     scores = evaluation.score_generation(scorer)
-    images = trained.sample(8)[1][:, 0].numpy()
-    runtime.save_figure(
-        run.folder.parent / "samples.png", lambda: figures.strip(images, (), trained.stamp)
-    )
     rows = [{"row": name, "seed": run.seed, "seconds": round(seconds)}]
     rows[0] |= {key: round(scores[key]["generated"], 4) for key in SCORES}
     if not read_rows():
@@ -181,6 +177,18 @@ def _shown(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ({statistics.stdev(values):.2g})"
 
 
+def draw(folder: Path, seed: int):
+    """images/mappings.png: the same noise through the network of every row."""
+    runs = {name: folder / name / f"seed-{seed}" for name in ROWS}
+    rows = {
+        name: predict.load_run(path).sample(4)[1][:, 0].numpy()
+        for name, path in runs.items()
+        if (path / "dcgan_best.pt").exists()
+    }
+    picture = HERE.parent / "images/mappings.png"
+    runtime.save_figure(picture, lambda: figures.side_by_side(rows))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -205,14 +213,16 @@ def main():
         raise UserError(Exit.BUSY, f"{CSV} holds rows of another VQ-VAE: move it away")
     done = {(row["row"], row["seed"]) for row in read_rows()}
     scorer = None
+    folder = Path(arguments.out) / mark
     for name in arguments.rows:
         if (name, str(arguments.seed)) in done:
             continue
-        run = prepare(name, base, Path(arguments.out) / mark / name, data, arguments.seed)
+        run = prepare(name, base, folder / name, data, arguments.seed)
         scorer = scorer or evaluation.Scorer(base, data)
         rows = [row | {"base": mark} for row in measure(name, run, scorer)]
         append(rows)
         runtime.say(", ".join(f"{key} {value}" for key, value in rows[0].items()))
+    draw(folder, arguments.seed)
 
 
 if __name__ == "__main__":
