@@ -10,7 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+import predict
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -117,13 +120,33 @@ def test_a_level_can_be_asked_for_and_swept(finished):
         out: [(where / out / f"{i:05d}.png").read_bytes() for i in range(4)]
         for out in ("low", "high", "sweep")
     }
-    assert pictures["low"] != pictures["high"]
     # One subject: its noise is that of sample 0, which the other two folders hold too.
     assert pictures["sweep"][0] == pictures["low"][0]
     assert pictures["sweep"][3] == pictures["high"][0]
     assert (where / "sweep/strip.png").exists() and (where / "sweep/walk.gif").exists()
     wrong = script("predict.py", "generate", "out", "--level", "1.5", cwd=where)
     assert wrong.returncode == 2 and "0 to 1" in wrong.stderr
+
+
+def test_what_is_drawn_depends_on_the_level(finished):
+    # A few steps of training draw the same black slice from anything; random weights do not.
+    where, _ = finished
+    run = predict.load_run(where / "out/seed-0")
+    draw = torch.Generator().manual_seed(0)
+    for weight in run.generator.parameters():
+        weight.copy_(torch.randn(weight.shape, generator=draw))
+    low, high = (run.sample(3, level=level)[0] for level in (0.0, 1.0))
+    assert not torch.equal(low, high) and not torch.equal(low[0], low[1])
+    noise = run.noise(1)[0].expand(3, -1)
+    swept = run.draw(noise, torch.tensor([0.0, 0.5, 1.0]))[0]
+    assert torch.equal(swept[0], low[0]) and torch.equal(swept[2], high[0])
+
+
+def test_a_gif_goes_there_and_back(tmp_path):
+    images = torch.linspace(0, 1, 5)[:, None, None, None].expand(-1, 1, 256, 256)
+    predict.write_strip(tmp_path, images, list("abcde"), "")
+    with Image.open(tmp_path / "walk.gif") as gif:
+        assert gif.n_frames == 8 and gif.size == (256, 256)
 
 
 def test_interpolation_walks_from_one_sample_to_the_next(finished):
@@ -136,8 +159,7 @@ def test_interpolation_walks_from_one_sample_to_the_next(finished):
     for step, sample in ((0, 0), (4, 1)):
         walked = (where / f"walk/{step:05d}.png").read_bytes()
         assert walked == (where / f"ends/{sample:05d}.png").read_bytes()
-    with Image.open(where / "walk/walk.gif") as gif:
-        assert gif.n_frames == 8 and gif.size == (256, 256)  # there and back
+    assert (where / "walk/walk.gif").exists()
     too_few = script("predict.py", "interpolate", "out", "--n", 1, cwd=where)
     assert too_few.returncode == 2 and "at least 2" in too_few.stderr
 
@@ -188,8 +210,6 @@ def test_predict_refuses_a_damaged_file_and_names_it(finished, name):
 
 
 def test_a_malicious_checkpoint_runs_nothing(finished):
-    import torch
-
     class Bomb:
         def __reduce__(self):
             return (open, (str(marker), "w"))
