@@ -73,6 +73,11 @@ class Data:
     report: dict  # plain JSON types
 
 
+def evenly(n: int, count: int) -> np.ndarray:
+    """At most `count` different items of range(n), evenly spaced."""
+    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
 # --- opening ------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import metrics
 import modules
 import runtime
 from config import Exit, UserError
-from dataset import BrainSlices, Data
+from dataset import BrainSlices, Data, evenly
 from modules import generator_of
 
 PART = 256  # slices in memory at a time
@@ -148,7 +148,7 @@ def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
     }
     result |= {"n": len(test), "share_above_0.6": (values["ssim"] > 0.6).float().mean().item()}
     fixed, entropy = metrics.bits_per_pixel(run.counts.numpy(), run.config.codes)
-    images = test.batch(evenly_spaced(len(test), CODEC_SLICES))
+    images = test.batch(evenly(len(test), CODEC_SLICES))
     own = metrics.ssim(images, run.reconstruct(images)[1]).mean().item()
     result["at_equal_bits"] = {"n": len(images), "codes": {"ssim": own, "bpp": fixed}}
     result["at_equal_bits"] |= metrics.jpeg_webp_at(images, fixed)
@@ -163,10 +163,6 @@ def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
         "bits_per_pixel_entropy": entropy,
     }
     return result, codebook
-
-
-def evenly_spaced(n: int, count: int) -> np.ndarray:
-    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
 
 
 # --- generation ---------------------------------------------------------------------------

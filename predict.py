@@ -111,7 +111,7 @@ import figures
 import metrics
 import modules
 import runtime
-from dataset import Data, open_data, read_slices
+from dataset import Data, evenly, open_data, read_slices
 from evaluation import Scorer, evaluate, in_parts, table
 
 # --- a finished run -----------------------------------------------------------------------
@@ -372,7 +372,7 @@ def check_n(n: int, least: int):
 
 def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):
     """strip.png, one row of at most 16 slices; walk.gif, all of them, there and back."""
-    some = np.unique(np.linspace(0, len(images) - 1, min(16, len(images))).astype(int))
+    some = evenly(len(images), 16)
     row, chosen = images[some, 0].numpy(), [labels[i] for i in some]
     runtime.save_figure(folder / "strip.png", lambda: figures.strip(row, chosen, stamp))
     frames = [Image.fromarray(as_bytes(image)) for image in images[:, 0].numpy()]

@@ -33,7 +33,7 @@ from torch import Tensor
 import metrics
 import modules
 import runtime
-from dataset import BrainSlices, Data, open_data
+from dataset import BrainSlices, Data, evenly, open_data
 from modules import VQVAE, CodeMap, generator_of
 
 COLUMNS = (
@@ -199,11 +199,6 @@ def order_of(seed: int, purpose: int, n: int, start: int, count: int) -> np.ndar
 @functools.lru_cache(maxsize=4)
 def permutation(seed: int, purpose: int, n: int, epoch: int) -> np.ndarray:
     return torch.randperm(n, generator=generator_of(seed, purpose, epoch)).numpy()
-
-
-def evenly(n: int, count: int) -> np.ndarray:
-    """At most `count` different items of range(n), evenly spaced."""
-    return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
 
 
 def seeded(seed: int, network: int, make: Callable):
