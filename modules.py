@@ -450,6 +450,7 @@ class Generator(nn.Module):
     more layer works at full size: in the paper's last layer 4x4 neighbouring cells are a linear
     function of few numbers, and borders between tissues stay soft.
     bounded: tanh at the end, as in the paper; without it any number may come out.
+    contrast: the gain of `raise_contrast` that `draw` applies to its output; 0 until set.
     """
 
     def __init__(
@@ -473,6 +474,7 @@ class Generator(nn.Module):
         else:
             last = nn.Conv2d(ins, channels, 3, padding=1)
         self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
+        self.register_buffer("contrast", torch.zeros(()))
         self.apply(start_at_002)
         self.to(memory_format=torch.channels_last)
 
@@ -481,6 +483,11 @@ class Generator(nn.Module):
         if self.conditional:
             noise = torch.cat([noise, level_features(level)], 1)          # (B, Z + L)
         return self.layers(noise[:, :, None, None])                       # (B, C, 64, 64)
+
+
+def raise_contrast(u: Tensor, gain: Tensor) -> Tensor:
+    """u (B, C, h, w) + gain * (u - its 3x3 mean): what is flat stays flat."""
+    return u + gain * (u - F.avg_pool2d(u, 3, 1, 1, count_include_pad=False))
 
 
 class Discriminator(nn.Module):
@@ -616,7 +623,8 @@ def draw(
         n = len(z)
         z = F.pad(z, (0, 0, 0, DRAW_BATCH - n)).to(code_map.used.device)  # (32, Z)
         where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)            # (32,)
-        indices = code_map.decode(generator(z, where), stretch)           # (32, h, w)
+        u = raise_contrast(generator(z, where), generator.contrast)       # (32, C, h, w)
+        indices = code_map.decode(u, stretch)                             # (32, h, w)
         maps.append(indices[:n].cpu())
         if decode:
             images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)

@@ -479,6 +479,10 @@ class Gan:
             "G_adam": self.G_adam, "D_adam": self.D_adam,
         }  # fmt: skip
 
+    def real_maps(self, rows: np.ndarray) -> Tensor:
+        """Index maps (n, h, w) int64 of these slices, on the run's device."""
+        return torch.from_numpy(self.maps[rows].astype(np.int64)).to(self.run.device)
+
     def real(self, nimg: int, step: int) -> tuple[Tensor, Tensor]:
         """A batch of real maps (B, C, 64, 64) and their levels (B,).
 
@@ -487,8 +491,7 @@ class Gan:
         """
         run, config = self.run, self.run.config
         chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)
-        maps = self.maps[run.data.train.rows[chosen]].astype(np.int64)
-        u = self.code_map.encode(torch.from_numpy(maps).to(run.device))
+        u = self.code_map.encode(self.real_maps(run.data.train.rows[chosen]))
         if self.code_map.even:
             u = u.expand(-1, config.map_channels, -1, -1)
         if self.code_map.even and config.gan_loss == "relativistic":
@@ -593,6 +596,7 @@ class Monitor:
 
     N = 256
 
+    @torch.no_grad()
     def __init__(self, gan: Gan):
         run, self.gan = gan.run, gan
         self.vqvae = trained_vqvae(run)
@@ -602,10 +606,14 @@ class Monitor:
         of_train = self.network.features(train.batch(evenly(len(train), 4 * self.n)))
         self.floor, self.n = metrics.relative_floor(of_train, self.n)
         self.real = self.network.features(validation.batch(evenly(len(validation), self.n)))
-        maps = gan.maps[train.rows[evenly(len(train), 64)]].astype(np.int64)
-        self.real_spread = mean_distance(gan.code_map.encode(torch.from_numpy(maps)))
+        maps = gan.real_maps(train.rows[evenly(len(train), 64)])
+        self.real_spread = mean_distance(gan.code_map.encode(maps))
+        rows = evenly(len(train), 128)
+        maps, self.levels = gan.real_maps(train.rows[rows]), gan.levels[rows]
+        images = torch.cat([self.vqvae.decode(part) for part in maps.split(32)])
+        self.real_detail = metrics.detail_strength(images).mean().item()
         self.noise = modules.noise_of(
-            range(max(64, self.n)), run.config.noise_dim, run.seed, gan.level_table, MONITOR
+            range(max(128, self.n)), run.config.noise_dim, run.seed, gan.level_table, MONITOR
         )
 
     @torch.no_grad()
@@ -614,6 +622,8 @@ class Monitor:
         gan, config = self.gan, self.gan.run.config
         full = stage.done or stage.step % (stage.every * max(1, ROWS // 8)) == 0
         n = self.n if full else 64
+        if full and config.gan_loss == "relativistic":
+            self.set_contrast()
         maps, images = modules.draw(
             gan.average, gan.code_map, self.vqvae, *(part[:n] for part in self.noise),
             stretch=config.gan_loss == "bce", decode=full,
@@ -624,6 +634,23 @@ class Monitor:
             values["fd_validation"] = distance / self.floor
             stage.offer(values["fd_validation"], generator=gan.average)
         return values
+
+    def set_contrast(self):
+        """Give samples the strength of detail that reconstructions of the same levels have.
+
+        Snapping cells to codes flattens: a cell between two codes, or beyond all, goes inwards.
+        Detail is nearly linear in the gain: two trials, and the line through them. What has
+        too much detail has grain, which less contrast would smear and not mend: gain 0.
+        """
+        gan, noise, found = self.gan, self.noise[0][: len(self.levels)], []
+        for gain in (0.0, 0.2):
+            gan.average.contrast.fill_(gain)
+            _, images = modules.draw(gan.average, gan.code_map, self.vqvae, noise, self.levels)
+            found.append(metrics.detail_strength(images).mean().item())
+        slope = max((found[1] - found[0]) / 0.2, 1e-6)
+        gain = min(max((self.real_detail - found[0]) / slope, 0.0), 0.5)
+        for generator in (gan.average, gan.G):  # both, or averaging would change it
+            generator.contrast.fill_(gain)
 
 
 def mean_distance(u: Tensor) -> float:

@@ -24,6 +24,7 @@ from modules import (
     noise_of,
     perplexity,
     principal_coordinates,
+    raise_contrast,
     relativistic_loss,
 )
 
@@ -330,6 +331,32 @@ def test_gradient_penalty_of_a_linear_function():
     assert penalty.item() == pytest.approx(weight.square().sum().item(), rel=1e-5)
     penalty.backward()
     torch.testing.assert_close(weight.grad, 2 * weight)
+
+
+def test_contrast_leaves_what_is_flat_and_raises_what_is_not():
+    flat = torch.full((2, 3, 8, 8), 1.7)
+    torch.testing.assert_close(raise_contrast(flat, torch.tensor(0.4)), flat)
+    u = torch.randn(1, 1, 3, 3)
+    raised = raise_contrast(u, torch.tensor(0.4))
+    assert raised[0, 0, 1, 1].item() == pytest.approx(
+        (u[0, 0, 1, 1] + 0.4 * (u[0, 0, 1, 1] - u.mean())).item(), abs=1e-6
+    )
+    corner = u[0, 0, :2, :2]
+    expected = corner[0, 0] + 0.4 * (corner[0, 0] - corner.mean())
+    assert raised[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_samples_are_drawn_with_the_generators_contrast():
+    code_map, _, _ = some_code_map()
+    model = VQVAE(codes=40).eval()
+    G = Generator(100, 8, 1, classic=False, bounded=True).eval()
+    noise, level = noise_of(range(2), 100, 3, torch.linspace(0, 1, 32))
+    G.contrast.fill_(0.3)
+    maps, _ = draw(G, code_map, model, noise, level)
+    with torch.no_grad():
+        filled = torch.cat([noise, torch.zeros(30, 100)]), torch.cat([level, torch.zeros(30)])
+        u = raise_contrast(G(*filled), torch.tensor(0.3))[:2]
+    assert torch.equal(maps, code_map.decode(u))
 
 
 def test_no_sample_depends_on_the_batch_it_was_drawn_in():

@@ -1,5 +1,6 @@
 """Training stops anywhere and continues to the same bits; its files survive damage."""
 
+import copy
 import csv
 import math
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import metrics
 import modules
 import runtime
 import train
@@ -196,6 +198,34 @@ def test_diversity_is_1_for_real_maps_and_0_after_a_collapse(uninterrupted, monk
     for maps, diversity in ((real, 1.0), (real[:1].repeat(len(real), 1, 1), 0.0)):
         monkeypatch.setattr(modules, "draw", lambda *a, maps=maps, **k: (maps, None))
         assert monitor.measure(Stage)["diversity"] == pytest.approx(diversity, abs=1e-5)
+
+
+def test_samples_get_the_strength_of_detail_of_reconstructions(uninterrupted, monkeypatch):
+    gan = train.Gan(uninterrupted)
+    monitor = train.Monitor(gan)
+    asked = []
+
+    def draw(generator, code_map, vqvae, noise, level):
+        asked.append(level)
+        edges = torch.zeros(4, 1, 64, 64)
+        edges[..., ::8] = 0.1 + generator.contrast  # stronger edges with more contrast
+        return None, edges
+
+    generator = copy.deepcopy(gan.average)
+    generator.contrast.fill_(0.13)
+    wanted = metrics.detail_strength(draw(generator, *[None] * 4)[1]).mean().item()
+    monkeypatch.setattr(modules, "draw", draw)
+    for detail, gain in ((wanted, 0.13), (1.0, 0.5), (0.0, 0.0)):
+        monitor.real_detail = detail
+        monitor.set_contrast()
+        assert gan.average.contrast.item() == pytest.approx(gain, abs=0.002)
+        assert gan.G.contrast.item() == gan.average.contrast.item()
+    assert torch.equal(asked[-1], monitor.levels)
+
+
+def test_contrast_is_part_of_what_is_kept(uninterrupted):
+    values = runtime.load_checkpoint(uninterrupted.path("dcgan_best.pt"))
+    assert values["generator"]["contrast"] > 0
 
 
 def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
