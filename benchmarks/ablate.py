@@ -1,30 +1,37 @@
-"""Which way to put codebook indices before a GAN works? One VQ-VAE, one row per way.
+"""Which way to put codebook indices before a GAN works, and is a GAN right there at all?
 
     python benchmarks/ablate.py RUN                  # every row that the CSV does not have
     python benchmarks/ablate.py RUN --rows pc1 raw   # these
     python benchmarks/ablate.py --table              # the README's table, from the CSV
 
 RUN is the folder of a finished seed of preset `quick`: its VQ-VAE and index maps are shared by
-all rows. A row is a whole DCGAN, trained on 40,000 maps and scored as `predict.py evaluate`
-does. Rows go to `ablation.csv` beside this file, their networks to `--out`, where a stopped row
-continues. Not among the rows: quantile bins, a Kohonen chain, logits with soft embeddings, an
-autoregressive prior.
+all rows. A row is a whole training of about 3 minutes on two cores (40,000 maps of the DCGAN),
+scored as `predict.py evaluate` does. Rows go to `ablation.csv` beside this file, their networks
+to `--out`, where a stopped row continues.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
+import math
 import shutil
 import statistics
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.spatial.distance import cdist
+from torch import Tensor, nn
 
 import evaluation
 import figures
@@ -33,26 +40,11 @@ import predict
 import runtime
 import train
 from config import Config, Exit, UserError
-from dataset import open_data
+from dataset import Data, open_data
 
-KIMG = 40.0  # maps seen per row, thousands: about 3 minutes on two cores
-# BCE, BatchNorm in both networks, no slice level, no averaging, the original's learning rate
-BCE = {"gan_loss": "bce", "gan_beta1": 0.5, "gan_lr": 2e-4, "ema_kimg": 0.0}
-ONE = {"map_channels": 1}
+KIMG = 40.0  # maps seen per row, thousands
+SECONDS = 180  # of training for the row whose maps are not counted
 
-# What the GAN draws and how it learns -> what differs from the default
-ROWS = {
-    "coordinates": ("4 principal coordinates, nearest code (the default)", {}),
-    "pc1": ("one channel, PC-1 order, even bins", {"order": "pc1", **ONE}),
-    "salesman": ("one channel, travelling-salesman order, even bins", {"order": "pc1", **ONE}),
-    "raw": ("one channel, raw index order, even bins", {"order": "raw", **ONE}),
-    "coordinates-bce": ("4 principal coordinates, the original's loss and networks", BCE),
-    "original": (
-        "three copies, raw order, even bins, the original's loss and networks",
-        {"order": "raw", "map_channels": 3, **BCE},
-    ),
-    "no-average": ("the default without averaging the generator", {"ema_kimg": 0.0}),
-}
 SCORES = {
     "fd_train": "relative FD",
     "learned_fd_train": "relative FD, encoder",
@@ -63,16 +55,21 @@ SCORES = {
     "code_tv": "codes, TV",
     "code_pairs_tv_horizontal": "pairs, TV",
 }
+OF_CODES = ("fine_fd_reconstruction", "code_tv", "code_pairs_tv_horizontal")
+EFFORT = {"seconds": "training, s", "kimg": "1,000 maps", "ms_per_sample": "ms a sample"}
 REFERENCES = {"real": "(real slices)", "reconstruction": "(their reconstructions)"}
-COLUMNS = ("row", "seed", "base", "seconds", *SCORES)
+COLUMNS = ("row", "seed", "base", *EFFORT, *SCORES)
 CSV = HERE / "ablation.csv"
 
 
-# --- an order that is not in modules.py, since it did not win --------------------------------
+# --- other orders of the codes, in even bins of one channel ---------------------------------
+#
+# Each takes the fitted PC-1 code map, the codebook (K, D) and the training split's counts (K,)
+# and returns used codes (U,) in a new order, and their places (U, 1) in (-1, 1).
 
 
-def salesman_order(fitted: modules.CodeMap, codebook, counts) -> tuple[torch.Tensor, ...]:
-    """A short path through all used codes: nearest neighbour, then 2-opt; even bins."""
+def salesman_order(fitted: modules.CodeMap, codebook: Tensor, counts: Tensor):
+    """A short path through all used codes: nearest neighbour, then 2-opt."""
     vectors = codebook[fitted.used].double().numpy()
     far = cdist(vectors, vectors)
     path = [0]  # an end of the PC-1 order
@@ -95,15 +92,295 @@ def salesman_order(fitted: modules.CodeMap, codebook, counts) -> tuple[torch.Ten
     return fitted.used[torch.from_numpy(path)], fitted.points
 
 
-OWN_MAPS = {"salesman": salesman_order}
+def kohonen_order(fitted: modules.CodeMap, codebook: Tensor, counts: Tensor):
+    """Along a chain of as many nodes as codes, fitted by Kohonen's batch rule (1990).
+
+    The chain starts on the PC-1 order; its neighbourhood shrinks from a quarter of it to half
+    a node. A code's place is that of its nearest node.
+    """
+    vectors = codebook[fitted.used].double()  # (U, D)
+    U = len(vectors)
+    nodes, place = vectors.clone(), torch.arange(U, dtype=torch.float64)
+    for sigma in np.geomspace(U / 4, 0.5, 100):
+        nearest = torch.cdist(vectors, nodes).argmin(1)  # (U,)
+        pull = torch.exp(-((place[:, None] - place[nearest]) ** 2) / (2 * sigma**2))
+        total = pull.sum(1, keepdim=True)  # (nodes, 1)
+        nodes = torch.where(total > 1e-9, pull @ vectors / total.clamp_min(1e-9), nodes)
+    order = torch.cdist(vectors, nodes).argmin(1).argsort(stable=True)
+    return fitted.used[order], fitted.points
 
 
-# --- one row ------------------------------------------------------------------------------
+def quantile_places(fitted: modules.CodeMap, codebook: Tensor, counts: Tensor):
+    """PC-1 order, each code in the middle of its share of all cells: rare codes lie close."""
+    share = counts[fitted.used].double() / counts.sum()
+    return fitted.used, ((share.cumsum(0) - share / 2) * 2 - 1).float()[:, None]
 
 
-def prepare(name: str, base: predict.TrainedRun, folder: Path, data, seed: int) -> train.Run:
-    """A run whose VQ-VAE and index maps are those of `base`, and whose DCGAN is not trained."""
-    config = replace(base.config, gan_kimg=KIMG, **ROWS[name][1])
+def without_jitter(fitted: modules.CodeMap, codebook: Tensor, counts: Tensor):
+    """A hair beside the middles of even bins: the same bins, but maps are not jittered."""
+    return fitted.used, fitted.points * (1 - 1e-6)
+
+
+# --- other networks -------------------------------------------------------------------------
+#
+# Each takes a run and returns what takes the place of what: (owner, name, replacement).
+
+
+class SoftGenerator(modules.Generator):
+    """Logits over the used codes; D sees the expected code, samples are the likeliest one.
+
+    The last layer is 1x1: a 3x3 one to 512 channels would be eight times the whole rest.
+    """
+
+    def __init__(self, config: Config, points: Tensor):
+        super().__init__(config.noise_dim, config.gan_widths[0], len(points), False, False)
+        last = self.layers[-1]
+        self.layers[-1] = nn.Conv2d(last.in_channels, len(points), 1)
+        self.layers[-1].apply(modules.start_at_he)
+        self.register_buffer("points", points, persistent=False)  # (U, C)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, noise: Tensor, level: Tensor) -> Tensor:
+        logits = super().forward(noise, level).permute(0, 2, 3, 1)  # (B, h, w, U)
+        if self.training:
+            u = logits.softmax(-1) @ self.points.to(logits.dtype)  # (B, h, w, C)
+        else:
+            u = F.embedding(logits.argmax(-1), self.points)
+        return u.permute(0, 3, 1, 2)  # (B, C, h, w)
+
+
+def logits(run: train.Run):
+    points = runtime.load_checkpoint(run.path("codes.pt"))["points"]
+    return [(modules, "make_generator", lambda config: SoftGenerator(config, points))]
+
+
+class AugmentedDiscriminator(modules.Discriminator):
+    """Sees each map moved by up to 8 cells and with a quarter of it cut out.
+
+    Zhao et al. 2020 (DiffAugment, arXiv:2006.10738): translation and cutout, on real and
+    generated maps alike. Cut cells take the map's corner, which is background.
+    """
+
+    def forward(self, u: Tensor, level: Tensor) -> Tensor:
+        B, _, h, _ = u.shape
+        x = torch.arange(h, device=u.device)
+        moved = [x + torch.randint(-8, 9, (B, 1), device=u.device) for _ in range(2)]
+        rows, columns = (m.clamp(0, h - 1) for m in moved)  # (B, h) (B, w)
+        first = torch.arange(B, device=u.device)[:, None, None]
+        u = u.permute(0, 2, 3, 1)[first, rows[:, :, None], columns[:, None]]
+        top, left = torch.randint(0, h // 2 + 1, (2, B, 1), device=u.device)
+        cut_rows, cut_columns = (((x >= a) & (x < a + h // 2)) for a in (top, left))
+        cut = (cut_rows[:, :, None] & cut_columns[:, None])[..., None]  # (B, h, w, 1)
+        u = torch.where(cut, u[:, :1, :1], u)  # (B, h, w, C)
+        return super().forward(u.permute(0, 3, 1, 2), level)
+
+
+def augmented(run: train.Run):
+    return [(modules, "Discriminator", AugmentedDiscriminator)]
+
+
+# --- control: a DCGAN of pixels ---------------------------------------------------------------
+
+
+def write_pixels(run: train.Run) -> dict:
+    """In place of index maps: slices at 64x64, grey level 0..255 being the "index"."""
+    maps = np.empty((len(run.data.images), 64, 64), np.uint16)
+    for start in range(0, len(maps), 256):
+        part = run.data.images[start : start + 256].astype(np.float32)
+        maps[start : start + 256] = part.reshape(-1, 64, 4, 64, 4).mean((2, 4)).round()
+    np.save(run.path("codes.npy"), maps)
+    counts = train.histogram(maps, run.data.train.rows, run.config.codes)
+    return {
+        "used": torch.arange(256), "points": modules.even_middles(256),
+        "counts": {"train": counts}, "maps": runtime.checksum(run.path("codes.npy")),
+    }  # fmt: skip
+
+
+def enlarge(vqvae: nn.Module, indices: Tensor) -> Tensor:
+    """In place of the decoder: (B, 64, 64) grey levels -> (B, 1, 256, 256), bicubic."""
+    small = indices[:, None].float() / 255
+    return F.interpolate(small, scale_factor=4, mode="bicubic").clamp(0, 1)
+
+
+def pixels(run: train.Run):
+    return [(modules.VQVAE, "decode", enlarge)]
+
+
+# --- control: an autoregressive prior ---------------------------------------------------------
+
+
+class PixelCNN(nn.Module):
+    """Codes one after the other, each from those above and to the left.
+
+    van den Oord et al. 2016 (arXiv:1606.05328), without gates: the map, moved on by one cell,
+    goes through residual 3x3 convolutions of which only the 5 taps above and to the left
+    count, with growing gaps. The slice level is added at the start.
+    """
+
+    GAPS = (1, 2, 4, 8, 1, 2, 4, 8)
+    TAPS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 0))
+
+    def __init__(self, codes: int, width: int = 48):
+        super().__init__()
+        self.start = nn.Embedding(codes + 1, width)  # the last: before the first cell
+        self.level = nn.Linear(modules.LEVEL_FEATURES, width, bias=False)
+        self.taps = nn.ModuleList(nn.Linear(5 * width, width) for _ in self.GAPS)
+        self.mix = nn.ModuleList(nn.Linear(width, width) for _ in self.GAPS)
+        self.last = nn.Linear(width, codes)
+
+    def forward(self, ranks: Tensor, level: Tensor) -> Tensor:
+        """Ranks (B, h, w) int64, level (B,) -> logits (B, h, w, U) of every cell."""
+        B, h, w = ranks.shape
+        moved = torch.cat([torch.full_like(ranks[:, 0, :1], self.start.num_embeddings - 1),
+                           ranks.flatten(1)[:, :-1]], 1)  # fmt: skip
+        x = self.start(moved) + self.level(modules.level_features(level))[:, None]
+        x = x.view(B, h, w, -1).permute(0, 3, 1, 2)  # (B, width, h, w)
+        for gap, taps, mix in zip(self.GAPS, self.taps, self.mix, strict=True):
+            kernel = x.new_zeros(*taps.weight.shape[:1], x.shape[1], 9)
+            kernel[..., :5] = taps.weight.view(len(kernel), 5, -1).transpose(1, 2)
+            kernel = kernel.view(*kernel.shape[:2], 3, 3)
+            seen = F.conv2d(x.relu(), kernel, taps.bias, padding=gap, dilation=gap)
+            x = x + F.conv2d(seen.relu(), mix.weight[..., None, None], mix.bias)
+        return self.last(x.relu().permute(0, 2, 3, 1))  # (B, h, w, U)
+
+    @torch.no_grad()
+    def draw(self, level: Tensor, h: int = 64, w: int = 64) -> Tensor:
+        """Ranks (n, h, w), cell by cell; each layer keeps what it has put out before."""
+        n, width = len(level), self.start.embedding_dim
+        edge = max(self.GAPS)
+        kept = [torch.zeros(h + edge, w + 2 * edge, n, width) for _ in self.GAPS]
+        ranks = torch.full((n, h * w + 1), self.start.num_embeddings - 1)
+        shift = self.level(modules.level_features(level))  # (n, width)
+        for cell in range(h * w):
+            row, column = cell // w + edge, cell % w + edge
+            x = self.start(ranks[:, cell]) + shift
+            for gap, taps, mix, before in zip(
+                self.GAPS, self.taps, self.mix, kept, strict=True
+            ):
+                before[row, column] = x.relu()
+                seen = [before[row + gap * i, column + gap * j] for i, j in self.TAPS]
+                x = x + mix(taps(torch.cat(seen, 1)).relu())
+            ranks[:, cell + 1] = self.choose(self.last(x.relu()))
+        return ranks[:, 1:].view(n, h, w)
+
+    @staticmethod
+    def choose(logits: Tensor) -> Tensor:
+        return torch.multinomial(logits.softmax(1), 1)[:, 0]
+
+
+@dataclass
+class Autoregressive:
+    """A trained prior, to be scored like a run."""
+
+    prior: PixelCNN
+    base: predict.TrainedRun
+    conditional: bool = True
+
+    def noise(self, n: int):
+        return self.base.noise(n)
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            ranks = torch.cat([self.prior.draw(part) for part in self.noise(n)[1].split(128)])
+        maps = self.base.code_map.used[ranks]
+        with torch.no_grad():
+            return maps, torch.cat([self.base.vqvae.decode(part) for part in maps.split(32)])
+
+
+def train_autoregressive(run: train.Run, base: predict.TrainedRun):
+    """Cross-entropy for SECONDS -> the prior, its seconds, thousands of maps seen."""
+    torch.manual_seed(run.seed)
+    prior, gan = PixelCNN(len(base.code_map.used)), train.Gan(run)
+    adam = torch.optim.Adam(prior.parameters(), lr=2e-3)
+    begun, nimg, B = time.monotonic(), 0, 16
+    while (passed := time.monotonic() - begun) < SECONDS:
+        for group in adam.param_groups:
+            group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * passed / SECONDS))
+        rows = train.order_of(run.seed, train.ORDER, len(gan.levels), nimg, B)
+        ranks = gan.code_map.rank[gan.real_maps(run.data.train.rows[rows])]
+        with runtime.autocast(run.device, run.config.precision):
+            scores = prior(ranks, gan.levels[rows])
+        loss = F.cross_entropy(scores.float().flatten(0, 2), ranks.flatten())
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+        nimg += B
+    runtime.say(f"autoregressive: {loss.item() / math.log(2):.2f} bits a cell at the end")
+    return Autoregressive(prior.eval(), base), passed, nimg / 1000
+
+
+# --- the rows -------------------------------------------------------------------------------
+
+
+def train_gan(run: train.Run, base: predict.TrainedRun):
+    """The DCGAN as `train.py` trains it -> the run, seconds, thousands of maps seen."""
+    with run.signals:
+        train.train_dcgan(run)
+    seconds = runtime.load_checkpoint(run.path("dcgan_last.pt"))["seconds"]
+    return predict.load_run(run.folder), seconds, run.config.gan_kimg
+
+
+def without_contrast(run: train.Run, base: predict.TrainedRun):
+    """The first row's network, its samples left as they are."""
+    folder = run.folder.parents[1] / "coordinates" / run.folder.name
+    trained = predict.load_run(folder)
+    trained.generator.contrast.zero_()
+    seconds = runtime.load_checkpoint(folder / "dcgan_last.pt")["seconds"]
+    return trained, seconds, trained.config.gan_kimg
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the GAN draws and how it learns, as what differs from the default."""
+
+    label: str
+    config: dict = field(default_factory=dict)
+    order: Callable | None = None  # (fitted, codebook, counts) -> used, points
+    maps: Callable | None = None  # run -> what else codes.pt holds, codes.npy being written
+    instead: Callable = lambda run: []  # run -> [(owner, name, replacement)]
+    train: Callable = train_gan
+    meaningless: tuple = ()  # scores that compare codes, where there are none
+
+
+ONE = {"map_channels": 1}
+PC1 = {"order": "pc1", **ONE}
+# BCE, BatchNorm in both networks, no slice level, no averaging, the original's learning rate
+BCE = {"gan_loss": "bce", "gan_beta1": 0.5, "gan_lr": 2e-4, "ema_kimg": 0.0}
+
+ROWS = {
+    "coordinates": Row("4 principal coordinates, nearest code (the default)"),
+    "pc1": Row("one channel, PC-1 order, even bins", PC1),
+    "quantiles": Row("one channel, PC-1 order, quantile bins", PC1, quantile_places),
+    "kohonen": Row("one channel, Kohonen chain, even bins", PC1, kohonen_order),
+    "salesman": Row("one channel, travelling-salesman order, even bins", PC1, salesman_order),
+    "raw": Row("one channel, raw index order, even bins", {"order": "raw", **ONE}),
+    "logits": Row(
+        "logits over the codes, soft coordinates", {"gan_kimg": 6.0}, instead=logits
+    ),
+    "coordinates-bce": Row("coordinates, the original's loss and networks", BCE),
+    "original": Row(
+        "three copies, raw order, even bins, the original's loss and networks",
+        {"order": "raw", "map_channels": 3, **BCE},
+    ),
+    "no-contrast": Row("the default, contrast not adjusted", train=without_contrast),
+    "no-average": Row("the default, generator not averaged", {"ema_kimg": 0.0}),
+    "augmented": Row("the default, translation and cutout before D", instead=augmented),
+    "no-jitter": Row("PC-1 order, real maps not jittered in their bins", PC1, without_jitter),
+    "pixels": Row(
+        "control: pixels at 64x64, enlarged", {"order": "raw", **ONE}, maps=write_pixels,
+        instead=pixels, meaningless=OF_CODES,
+    ),
+    "autoregressive": Row(
+        "control: autoregressive prior (PixelCNN)", train=train_autoregressive
+    ),
+}  # fmt: skip
+
+
+def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed: int):
+    """A run whose VQ-VAE and index maps are those of `base`, and whose prior is not trained."""
+    row = ROWS[name]
+    config = replace(base.config, **{"gan_kimg": KIMG} | row.config)
     run = train.open_seed(folder, config, seed, data)
     mine = run.fingerprint()
     for file in ("vqvae_best.pt", "vqvae_last.pt"):
@@ -113,30 +390,41 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data, seed: int) 
     codebook = base.vqvae.quantizer.codebook.cpu()
     fitted = modules.CodeMap.fit(codebook, base.counts, config.order, config.map_channels)
     used, points = fitted.used, fitted.points
-    if name in OWN_MAPS:
-        used, points = OWN_MAPS[name](fitted, codebook, base.counts)
+    if row.order:
+        used, points = row.order(fitted, codebook, base.counts)
     values = runtime.load_checkpoint(base.folder / "codes.pt") | mine
     values |= {"used": used, "points": points}
     values["vqvae"] = runtime.checksum(run.path("vqvae_best.pt"))
-    runtime.save_checkpoint(run.path("codes.pt"), values)
+    runtime.save_checkpoint(run.path("codes.pt"), values | (row.maps(run) if row.maps else {}))
     return run
 
 
-def measure(name: str, run: train.Run, scorer: evaluation.Scorer) -> list[dict]:
+def measure(name: str, run: train.Run, base: predict.TrainedRun, scorer) -> list[dict]:
     """Train and score one row; with the first come the references."""
-    with run.signals:
-        train.train_dcgan(run)
-    seconds = runtime.load_checkpoint(run.path("dcgan_last.pt"))["seconds"]
-    trained = predict.load_run(run.folder)
-    scorer.draw(trained)
+    row = ROWS[name]
+    with contextlib.ExitStack() as stack:
+        for owner, attribute, new in row.instead(run):
+            stack.enter_context(mock.patch.object(owner, attribute, new))
+        trained, seconds, kimg = row.train(run, base)
+        begun = time.monotonic()
+        pictures = trained.sample(64)[1]
+        took = (time.monotonic() - begun) / 64
+        scorer.draw(trained)
+    np.save(run.path("four.npy"), pictures[:4, 0].numpy())
     scores = evaluation.score_generation(scorer)
-    rows = [{"row": name, "seed": run.seed, "seconds": round(seconds)}]
-    rows[0] |= {key: round(scores[key]["generated"], 4) for key in SCORES}
+    found = {key: round(scores[key]["generated"], 4) for key in SCORES}
+    found = {key: value for key, value in found.items() if key not in row.meaningless}
+    effort = {"seconds": round(seconds), "kimg": round(kimg, 1)}
+    effort["ms_per_sample"] = round(took * 1000, 1)
+    rows = [{"row": name, "seed": run.seed} | effort | found]
     if not read_rows():
         for kind in REFERENCES:
             found = {k: round(scores[k][kind], 4) for k in SCORES if kind in scores[k]}
             rows.append({"row": kind} | found)
     return rows
+
+
+# --- the table --------------------------------------------------------------------------------
 
 
 def read_rows() -> list[dict]:
@@ -156,14 +444,14 @@ def append(rows: list[dict]):
 
 
 def table() -> str:
-    """The README's table: means over seeds; a row that was not measured says so."""
-    found = read_rows()
-    lines = ["| what the GAN draws, and how it learns | " + " | ".join(SCORES.values()) + " |"]
-    lines.append("| --- |" + " --- |" * len(SCORES))
-    labels = {name: label for name, (label, _) in ROWS.items()} | REFERENCES
+    """The README's table: mean (sd) over seeds; a row that was not measured says so."""
+    found, shown = read_rows(), SCORES | EFFORT
+    lines = ["| what the GAN draws, and how it learns | " + " | ".join(shown.values()) + " |"]
+    lines.append("| --- |" + " --- |" * len(shown))
+    labels = {name: row.label for name, row in ROWS.items()} | REFERENCES
     for name, label in labels.items():
         mine = [row for row in found if row["row"] == name]
-        columns = {k: [float(row[k]) for row in mine if row[k]] for k in SCORES}
+        columns = {k: [float(row[k]) for row in mine if row[k]] for k in shown}
         cells = [_shown(values) for values in columns.values()]
         lines.append(f"| {label} | " + " | ".join(cells if mine else ["not measured"]) + " |")
     return "\n".join(lines)
@@ -178,13 +466,9 @@ def _shown(values: list[float]) -> str:
 
 
 def draw(folder: Path, seed: int):
-    """images/mappings.png: the same noise through the network of every row."""
-    runs = {name: folder / name / f"seed-{seed}" for name in ROWS}
-    rows = {
-        name: predict.load_run(path).sample(4)[1][:, 0].numpy()
-        for name, path in runs.items()
-        if (path / "dcgan_best.pt").exists()
-    }
+    """images/mappings.png: the first samples of every row, the same noise for all GANs."""
+    files = {name: folder / name / f"seed-{seed}" / "four.npy" for name in ROWS}
+    rows = {name: np.load(file) for name, file in files.items() if file.exists()}
     picture = HERE.parent / "images/mappings.png"
     runtime.save_figure(picture, lambda: figures.side_by_side(rows))
 
@@ -212,14 +496,13 @@ def main():
     if {row["base"] for row in read_rows()} - {mark}:
         raise UserError(Exit.BUSY, f"{CSV} holds rows of another VQ-VAE: move it away")
     done = {(row["row"], row["seed"]) for row in read_rows()}
-    scorer = None
+    scorer = functools.cache(lambda: evaluation.Scorer(base, data))  # made when first needed
     folder = Path(arguments.out) / mark
     for name in arguments.rows:
         if (name, str(arguments.seed)) in done:
             continue
         run = prepare(name, base, folder / name, data, arguments.seed)
-        scorer = scorer or evaluation.Scorer(base, data)
-        rows = [row | {"base": mark} for row in measure(name, run, scorer)]
+        rows = [row | {"base": mark} for row in measure(name, run, base, scorer())]
         append(rows)
         runtime.say(", ".join(f"{key} {value}" for key, value in rows[0].items()))
     draw(folder, arguments.seed)

@@ -100,7 +100,7 @@ def vqvae() -> Figure:
         arrow(ax, (x0, y), (x1, y), colour)
     quantiser(ax, y, quarter(brain))
     ax.plot([66, 66, 834, 834], [188, 60, 60, 188], color=LOSS, linewidth=1.2, linestyle="--")
-    text = "reconstruction loss: 4 L1 + (1 - SSIM), or squared error in the original recipe"
+    text = "reconstruction loss: L1 + (1 - SSIM) + 2 detail; squared error in the original"
     write(ax, 450, 60, text, color=LOSS, backgroundcolor="white")
     legend = [(CONV, "conv 3 × 3 and ReLU (none after the last)"), (POOL, "max pool 2")]
     legend += [(POINT, "conv 1 × 1"), (GROW, "upsample × 2")]
@@ -156,13 +156,13 @@ def generator() -> Figure:
         arrow(ax, (x0, y), (x1, y), CONV)
         write(ax, (x0 + x1) / 2, y + 12, f"stride {stride}", size=7.5, color=CONV)
     arrow(ax, (668, y), (738, y), POINT)
-    write(ax, 703, y + 12, "3 × 3", size=7.5, color=POINT)
+    write(ax, 703, y + 12, "twice 3 × 3", size=7.5, color=POINT)
     table(ax, [62, 166, 308, 426, 528, 628, 812])
     text = "transposed convolution, kernel 4 × 4; then BatchNorm and ReLU"
     arrow(ax, (60, 22), (82, 22), CONV)
     write(ax, 90, 22, text, ha="left")
     arrow(ax, (484, 22), (506, 22), POINT)
-    text = "convolution (the original has no such layer, but tanh)"
+    text = "two convolutions (the original has none, but tanh)"
     write(ax, 514, 22, text, ha="left")
     return fig
 
