@@ -7,6 +7,7 @@ what is compared with what. Of most sets only features are kept, not the slices.
 
 import hashlib
 import math
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,28 @@ PART = 256  # slices in memory at a time
 CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 
 
-def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
-    """`measure` of many slices of a split (or of all), which need not fit into memory."""
+def parts_of(measure, split: BrainSlices, indices: np.ndarray | None = None):
+    """`measure` of many slices of a split (or of all), a few at a time, as an iterator."""
     indices = np.arange(len(split)) if indices is None else indices
     parts = np.array_split(indices, max(1, math.ceil(len(indices) / PART)))
-    return torch.cat([measure(split.batch(part)) for part in parts])
+    return (measure(split.batch(part)) for part in parts)
+
+
+def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
+    """The same as one tensor: slices need not fit into memory, what is measured must."""
+    return torch.cat(list(parts_of(measure, split, indices)))
+
+
+def on_disk(measure, split: BrainSlices) -> np.ndarray:
+    """`measure`, (B, F) float32, of a whole split: a memory map (n, F) of a nameless file.
+
+    Memory does not grow with the split, whatever its size.
+    """
+    with tempfile.TemporaryFile() as file:
+        for part in parts_of(measure, split):
+            file.write(part.numpy().tobytes())
+        file.flush()
+        return np.memmap(file, np.float32, "r", shape=(len(split), part.shape[1]))
 
 
 # --- learned features ---------------------------------------------------------------------
@@ -216,8 +234,8 @@ class Scorer:
             self.sets[name] = self.features_of(split.batch(self.rows[name]))
         # Copies of any training slice are looked for, not only of those in "train".
         self.all_train = {
-            "features": in_parts(self.random.features, data.train),
-            "learned": in_parts(self.learned, data.train),
+            "features": on_disk(self.random.features, data.train),
+            "learned": on_disk(self.learned, data.train),
         }
         self.near_training = {of: {} for of in self.all_train}
         for name in ("validation", "test", "real", "reconstruction"):
@@ -371,11 +389,12 @@ class Scorer:
 
     def near_test(self) -> dict[str, float]:
         """Mean, over 128 slices, of the highest SSIM among the 8 nearest test slices."""
-        bank = in_parts(metrics.thumbnails, self.data.test)
         real = self.data.validation.batch(self.rows["validation"][:CODEC_SLICES])
         kinds = {"generated": self.first, "real": real}
         return {
-            kind: metrics.ssim_to_nearest(images, bank, self.data.test.batch)
+            kind: metrics.ssim_to_nearest(
+                images, parts_of(metrics.thumbnails, self.data.test), self.data.test.batch
+            )
             for kind, images in kinds.items()
         }
 

@@ -354,8 +354,13 @@ def c2st_auc(real, fake, groups_real, groups_fake=None, seed: int = 0) -> float:
 
 
 def distance_to_nearest(x, bank) -> np.ndarray:
-    """(N,) Euclidean distance of each feature vector of (N,F) to the nearest of (M,F)."""
-    return _distances(as_features(x), as_features(bank, "bank")).min(1)
+    """(N,) Euclidean distance of each feature vector of (N,F) to the nearest of (M,F).
+
+    The bank may be a memory map larger than memory: it is looked at part by part.
+    """
+    x, parts = as_features(x), np.array_split(np.arange(len(bank)), math.ceil(len(bank) / 4096))
+    found = (as_features(bank[part[0] : part[-1] + 1], "bank") for part in parts)
+    return np.min([_distances(x, part).min(1) for part in found], 0)
 
 
 def memorised_share(near, near_held_out) -> float:
@@ -383,29 +388,35 @@ def ms_ssim_of_pairs(x: Tensor, pairs: int = 1000, seed: int = 0) -> float:
 
 
 def thumbnails(x: Tensor) -> Tensor:
-    """(N,1,64,64), for `nearest`: of a training split too large for memory, in parts."""
+    """(N,1,64,64), for `nearest`."""
     check_images(x)
     return F.adaptive_avg_pool2d(x, 64)
 
 
-def nearest(x: Tensor, bank: Tensor, k: int = 8) -> tuple[Tensor, Tensor]:
-    """Distances and indices (N,k) of the k nearest of the bank by L2 of 64x64 thumbnails."""
-    x, bank = (thumbnails(z).flatten(1) for z in (x, bank))                 # (N,4096)
-    if k > len(bank):
-        raise ValueError(f"nearest: k = {k} of {len(bank)} images")
-    rough = (torch.cdist(part, bank) for part in x.split(64))  # fast, but not 0 for copies
-    found = torch.cat([d.topk(k, largest=False).indices for d in rough])    # (N,k)
-    exact = (x[:, None] - bank[found]).norm(dim=2)                          # (N,k)
-    exact, order = exact.sort(1)
-    return exact, found.gather(1, order)
+def nearest(x: Tensor, bank, k: int = 8) -> tuple[Tensor, Tensor]:
+    """Distances and indices (N,k) of the k nearest of the bank by L2 of 64x64 thumbnails.
+
+    bank: images (M,1,H,W), as tensors of some of them each; k or fewer, if there are fewer.
+    """
+    x, start = thumbnails(x).flatten(1), 0                                  # (N,4096)
+    best, found = x.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.long)
+    for part in bank:
+        part = thumbnails(part).flatten(1)                                  # (m,4096)
+        rough = torch.cdist(x, part)  # fast, but not 0 for copies
+        mine = rough.topk(min(k, len(part)), largest=False).indices         # (N,k)
+        exact = (x[:, None] - part[mine]).norm(dim=2)                       # (N,k)
+        best, order = torch.cat([best, exact], 1).sort(dim=1, stable=True)
+        found = torch.cat([found, mine + start], 1).gather(1, order)
+        best, found, start = best[:, :k], found[:, :k], start + len(part)
+    return best, found
 
 
-def ssim_to_nearest(x: Tensor, bank: Tensor, images_at, k: int = 8) -> float:
-    """Mean over x (N,1,H,W) of the highest SSIM among the k nearest of a bank of thumbnails.
+def ssim_to_nearest(x: Tensor, bank, images_at, k: int = 8) -> float:
+    """Mean over x (N,1,H,W) of the highest SSIM among the k nearest of a bank, as `nearest`.
 
     images_at: row numbers (n,) of the bank -> their images (n,1,H,W).
     """
-    _, found = nearest(x, bank, min(k, len(bank)))                          # (N,k)
+    _, found = nearest(x, bank, k)                                          # (N,k)
     best = [
         ssim(one.expand(len(rows), -1, -1, -1), images_at(rows)).max()
         for one, rows in zip(x.split(1), found, strict=True)

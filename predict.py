@@ -112,7 +112,7 @@ import metrics
 import modules
 import runtime
 from dataset import Data, evenly, open_data, read_slices
-from evaluation import Scorer, evaluate, in_parts, table
+from evaluation import Scorer, evaluate, parts_of, table
 
 # --- a finished run -----------------------------------------------------------------------
 
@@ -245,7 +245,7 @@ def save_figures(run: TrainedRun, data: Data, scorer: Scorer, result: dict, rows
     maps, outputs = run.reconstruct(test)
     new_maps, new = run.sample(18)
     real, back, drawn = (x[:, 0].numpy() for x in (test, outputs, new))
-    bank = in_parts(metrics.thumbnails, data.train)
+    bank = parts_of(metrics.thumbnails, data.train)
     distances, nearest = metrics.nearest(new[:16], bank, k=1)
     neighbours = data.train.batch(nearest[:, 0])[:, 0].numpy()
     similarity = metrics.ssim(test[:8], outputs[:8]).tolist()

@@ -443,21 +443,22 @@ def test_a_constant_generator_fails_on_diversity():
 def test_nearest_finds_copies_and_agrees_with_brute_force():
     bank = blobs(20, 1, 128)
     x = torch.cat([bank[[7, 3]], blobs(3, 2, 128)])
-    distances, indices = metrics.nearest(x, bank, 4)
+    distances, indices = metrics.nearest(x, bank.split(6), 4)
     assert indices[:2, 0].tolist() == [7, 3] and (distances[:2, 0] == 0).all()
     small = [cv2.resize(i, (64, 64), interpolation=cv2.INTER_AREA) for i in bank[:, 0].numpy()]
     for row, image in enumerate(x[:, 0].numpy()):
         image = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA)
         wanted = np.sort([np.linalg.norm(image - s) for s in small])[:4]
         np.testing.assert_allclose(distances[row], wanted, atol=1e-4)
-    assert torch.equal(metrics.nearest(x, metrics.thumbnails(bank), 4)[1], indices)
+    assert torch.equal(metrics.nearest(x, [metrics.thumbnails(bank)], 4)[1], indices)
+    assert metrics.nearest(x, [bank[:3]], 4)[1].shape == (5, 3)
 
 
 def test_ssim_to_nearest_is_one_for_copies_only():
     bank = blobs(12, 1)
 
     def score(x, k):
-        return metrics.ssim_to_nearest(x, metrics.thumbnails(bank), bank.__getitem__, k)
+        return metrics.ssim_to_nearest(x, [bank], bank.__getitem__, k)
 
     assert score(bank[:3], 8) == pytest.approx(1, abs=1e-5)
     x = blobs(3, 2)

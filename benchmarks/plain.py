@@ -1,0 +1,151 @@
+"""The training steps as one would write them first: what benchmarks/speed.py compares with.
+
+The same functions as in modules, metrics and train, without any of their rewrites: NCHW,
+float32, ReLU before pooling, upsampling as a layer, z in full, one-hot rows for the codes,
+Gaussian windows as convolutions, an optimiser that is not fused. tests/test_speed.py holds loss
+and gradients against the project's own.
+
+Dimensions as in modules: B batch, D code dimension, K codes, N = B*h*w positions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import modules
+from train import DETAIL
+
+
+class Upsampled(nn.Conv2d):
+    """Nearest upsampling by 2, then the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2))
+
+
+class Quantizer(nn.Module):
+    """Nearest code by all distances; codes by one-hot rows (van den Oord et al. 2017)."""
+
+    def __init__(self, codes: int, dim: int):
+        super().__init__()
+        self.register_buffer("codebook", torch.zeros(codes, dim))
+        self.register_buffer("count", torch.zeros(codes))
+        self.register_buffer("sum", torch.zeros(codes, dim))
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z (B, D, h, w) -> codes with z's gradient, indices (N,), commitment, (N, K)."""
+        rows = z.permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
+        indices, chosen = self.search(rows.flatten(0, 2))  # (N,), (N, K)
+        codes = (chosen @ self.codebook).view_as(rows)  # (B, h, w, D)
+        commitment = F.mse_loss(rows, codes)
+        codes = rows + (codes - rows).detach()
+        return codes.permute(0, 3, 1, 2).contiguous(), indices, commitment, chosen
+
+    def search(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """z (N, D) -> the nearest codes as indices (N,) and as one-hot rows (N, K)."""
+        e = self.codebook
+        distances = flat.square().sum(1, keepdim=True) + e.square().sum(1) - 2 * flat @ e.T
+        indices = distances.argmin(1)  # (N,)
+        return indices, F.one_hot(indices, len(e)).to(flat.dtype)
+
+    @torch.no_grad()
+    def update(self, flat: Tensor, chosen: Tensor, decay: float):
+        """Moving averages of counts and sums, appendix A.1."""
+        self.count.mul_(decay).add_(chosen.sum(0), alpha=1 - decay)
+        self.sum.mul_(decay).add_(chosen.T @ flat, alpha=1 - decay)
+        alive = self.count[:, None] > 1e-3
+        self.codebook.copy_(torch.where(alive, self.sum / self.count[:, None], self.codebook))
+
+
+class VQVAE(nn.Module):
+    """The architecture of the README's table; parameters are named as in modules.VQVAE."""
+
+    def __init__(self, codes: int = 512, dim: int = 64, widths: tuple[int, int] = (16, 8)):
+        super().__init__()
+        full, half = widths
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, full, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(full, half, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(2),
+        )  # fmt: skip
+        self.pre_vq = nn.Conv2d(half, dim, 1)
+        self.quantizer = Quantizer(codes, dim)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(dim, half, 3, padding=1, bias=False), nn.ReLU(),
+            Upsampled(half, full, 3, padding=1, bias=False), nn.ReLU(),
+            Upsampled(full, 1, 3, padding=1, bias=False),
+        )  # fmt: skip
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (B, 1, H, W) -> indices (N,) int64."""
+        z = self.pre_vq(self.encoder(x))  # (B, D, h, w)
+        return self.quantizer.search(z.permute(0, 2, 3, 1).flatten(0, 2))[0]
+
+
+def blur(x: Tensor) -> Tensor:
+    """(B, 1, H, W): the Gaussian window of SSIM, whole windows only."""
+    g = torch.exp(-((torch.arange(11, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
+    g = g / g.sum()
+    return F.conv2d(F.conv2d(x, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM per image, (B,): Wang et al. 2004, eq. 13."""
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return (luminance * (2 * covariance + c2) / (var_x + var_y + c2)).mean((1, 2, 3))
+
+
+def detail(x: Tensor) -> Tensor:
+    """Root mean square, in 16x16 patches, of the image minus its 5x5 mean."""
+    high = x - F.avg_pool2d(x, 5, 1, 2)
+    return (F.avg_pool2d(high.square(), 16) + 1e-5).sqrt()
+
+
+def vqvae_step(model: VQVAE, optimizer, images: Tensor, config, crop: torch.Generator):
+    """One training step on images (B, 1, H, W); returns its loss."""
+    z = model.pre_vq(model.encoder(images))  # (B, D, h, w)
+    codes, _, commitment, chosen = model.quantizer(z)
+    output = model.decoder(codes)  # (B, 1, H, W)
+    size = min(128, images.shape[-1])
+    top, left = torch.randint(0, images.shape[-1] - size + 1, (2,), generator=crop).tolist()
+    x, y = (v[..., top : top + size, left : left + size] for v in (output, images))
+    loss = F.l1_loss(output, images) + 1 - ssim(x, y).mean()
+    loss = loss + DETAIL * F.l1_loss(detail(x), detail(y)) + config.commitment * commitment
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    flat = z.detach().permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
+    model.quantizer.update(flat, chosen, config.codebook_decay)
+    return loss
+
+
+def judge(D: modules.Discriminator, u: Tensor, level: Tensor) -> Tensor:
+    """Logits (B,) of maps (B, C, 64, 64) in whatever memory format they have."""
+    scores = D.layers(u).flatten(1)
+    return scores[:, 0] + (scores[:, 1:] * modules.level_features(level)).sum(1)
+
+
+def dcgan_step(gan, nimg: int, step: int) -> tuple[Tensor, Tensor]:
+    """One step of D, then one of G on the same noise; returns both losses."""
+    config, D = gan.run.config, gan.D
+    real, level = gan.real(nimg, step)
+    fake = gan.G(gan.noise(step), level)  # (B, C, 64, 64)
+    real_score = judge(D, real, level)
+    d_loss = F.softplus(judge(D, fake.detach(), level) - real_score).mean()
+    if step % config.penalty_every == 0:
+        for u in (real.clone(), fake.detach()):
+            u.requires_grad_()
+            (gradient,) = torch.autograd.grad(judge(D, u, level).sum(), u, create_graph=True)
+            penalty = gradient.square().sum((1, 2, 3)).mean()
+            d_loss = d_loss + config.gamma / 2 * config.penalty_every * penalty
+    gan.D_adam.zero_grad()
+    d_loss.backward()
+    gan.D_adam.step()
+    g_loss = F.softplus(real_score.detach() - judge(D, fake, level)).mean()
+    gan.G_adam.zero_grad()
+    g_loss.backward()
+    gan.G_adam.step()
+    return g_loss, d_loss
