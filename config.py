@@ -308,6 +308,18 @@ def _add_option(group, f, default: str):
     group.add_argument(_flag(f), type=_reader(f, kind), metavar=metavar, **keywords)
 
 
+def flags(config: Config) -> list[str]:
+    """The words of a command line that makes `config`: its preset, and what differs from it."""
+    words = [] if config.preset == Config.preset else ["--preset", config.preset]
+    preset = replace(Config(preset=config.preset), **PRESETS[config.preset])
+    for f in fields(Config):
+        value = getattr(config, f.name)
+        if value != getattr(preset, f.name):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [_flag(f)] if value is True else [_flag(f), *map(str, values)]
+    return words
+
+
 def _flag(f) -> str:
     return "--" + f.name.replace("_", "-")
 

@@ -51,8 +51,13 @@ def main(arguments):
             if results[seed]["status"] == "unfinished":
                 results[seed] = one_run(folder, config, seed, data)
                 write_results(folder, results, seeds)
+                print_table(folder, results)
+                predict.save_report(folder, data, config.device)
         write_results(folder, results, seeds)
-    report(folder, results)
+        if not (folder / "report.html").exists():
+            predict.save_report(folder, data, config.device)
+    print_table(folder, results)
+    conclude(folder)
 
 
 def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
@@ -98,10 +103,16 @@ def finished(folder: Path, seed: int, metrics: dict | None = None) -> dict:
     }
 
 
+def ranks(results: dict[int, dict]) -> dict[int, int]:
+    """Place of each run that came through with a finite validation score, 1 for the lowest."""
+    scores = {s: r["validation"][SCORE] for s, r in results.items() if r["status"] == "done"}
+    finite = sorted((s for s in scores if math.isfinite(scores[s])), key=scores.get)
+    return {seed: place for place, seed in enumerate(finite, 1)}
+
+
 def choose(results: dict[int, dict]) -> int | None:
     """The seed of the lowest finite validation score among the runs that came through."""
-    scores = {s: r["validation"][SCORE] for s, r in results.items() if r["status"] == "done"}
-    return min((s for s in scores if math.isfinite(scores[s])), key=scores.get, default=None)
+    return next(iter(ranks(results)), None)
 
 
 def diverged(folder: Path, seed: int) -> dict | None:
@@ -114,7 +125,7 @@ def diverged(folder: Path, seed: int) -> dict | None:
 
 def write_results(folder: Path, results: dict[int, dict], seeds: range):
     """results.json: all runs, the best of them by validation, mean and sd of test scores."""
-    best = choose(results)
+    best, places = choose(results), ranks(results)
     done = {s: r for s, r in results.items() if r["status"] == "done"}
     spread = {}
     for name in next(iter(done.values()), {"test": {}})["test"]:
@@ -127,23 +138,31 @@ def write_results(folder: Path, results: dict[int, dict], seeds: range):
             "best": None if best is None else f"seed-{best}",
             "why": f"lowest {SCORE} of the runs that finished; test scores played no part",
             "finished": all(results[s]["status"] != "unfinished" for s in seeds),
-            "runs": [{"seed": s, "folder": f"seed-{s}", **r} for s, r in results.items()],
+            "runs": [
+                {"seed": s, "folder": f"seed-{s}", "rank": places.get(s), **r}
+                for s, r in results.items()
+            ],
             "test_mean_sd": spread,
         },
     )
 
 
-def report(folder: Path, results: dict[int, dict]):
-    """Print all runs and the best one; exit 6 if none came through."""
+def print_table(folder: Path, results: dict[int, dict]):
+    """All runs so far, a line each."""
     best = runtime.read_json(folder / "results.json")["best"]
     for seed, result in results.items():
         scores = {**result.get("validation", {}), **result.get("test", {})}
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         mark = "  <- best" if best == f"seed-{seed}" else ""
         runtime.say(f"seed {seed}: {result['status']} {shown}{mark}")
+
+
+def conclude(folder: Path):
+    """Say where to look; exit 6 if no run came through."""
+    best = runtime.read_json(folder / "results.json")["best"]
     if best is None:
         raise UserError(Exit.DIVERGED, f"no run of {folder} came through; see its run.log")
-    runtime.say(f"figures: {folder / best / 'figures'}")
+    runtime.say(f"report: {folder / 'report.html'} (figures: {folder / best / 'figures'})")
     runtime.say(f"more samples: python predict.py generate {folder} --n 64")
 
 

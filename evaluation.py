@@ -462,6 +462,13 @@ def evaluate(run, data: Data) -> tuple[dict, Scorer]:
 
 # --- the table ----------------------------------------------------------------------------
 
+IMAGE_LABELS = {
+    "ssim": "SSIM",
+    "ssim_in_brain": "SSIM inside the brain",
+    "ms_ssim": "MS-SSIM",
+    "psnr_db": "PSNR, dB",
+    "psnr_in_brain_db": "PSNR inside the brain, dB",
+}
 LABELS = {
     "fd_train": "relative FD to training slices",
     "fd_validation": "relative FD to validation slices",
@@ -494,13 +501,56 @@ LABELS = {
     "ssim_to_nearest_test_slice": "SSIM to nearest test slice",
 }
 
+# How to read each, in a sentence; "learned_..." is read as the same measure without it.
+READING = {
+    "ssim": "1 is the original; two unrelated brains reach 0.70, so small differences count.",
+    "ssim_in_brain": "The same without the black background, which anybody can draw.",
+    "ms_ssim": "The same at five scales: 1 is the original, layout weighs more than grain.",
+    "psnr_db": "Higher is nearer; 6 dB more is half the error.",
+    "psnr_in_brain_db": "The same without the black background.",
+    "fd_train": "1 is another draw of real training slices; unseen people are the honest mark.",
+    "fd_validation": "Lower is better, 1 is the least to expect; this score chooses the run.",
+    "fd_test": "The same against people who played no part in training or choice.",
+    "fine_fd_train": "Grain, edges, blur: samples cannot have what reconstructions lack.",
+    "fine_fd_reconstruction": "The generator's own share of that: 1 would be none.",
+    "precision": "The share of samples that lie among real slices; as high as the real ones.",
+    "recall": "The share of real slices that lie among samples; low means too little variety.",
+    "density": "How deep inside the real slices samples lie; 1 is as deep as real ones.",
+    "coverage": "The share of real slices with a sample nearby; as high as the real ones.",
+    "kid_train": "0 is no difference; it can fall a little below by chance.",
+    "c2st_auc": "0.5: a classifier cannot tell them from real slices; 1: it always can.",
+    "spectrum_db": "0 is equal detail at every scale; blur and grain both raise it.",
+    "sliced_wasserstein": "Lower is better: how differently small patches look.",
+    "ms_ssim_of_pairs": "To be as in real slices; higher: samples resemble each other.",
+    "code_tv": "0 is equal use of every code, 1 is none in common.",
+    "code_pairs_tv_horizontal": "The same for neighbours: are codes beside the right ones?",
+    "code_pairs_tv_vertical": "The same from top to bottom.",
+    "level_error": "How far a slice looks from the height that was asked for, of a whole of 1.",
+    "memorised_share": "0.05 is chance; far more means copies of training slices.",
+    "ssim_to_nearest_test_slice": "As near as real unseen slices is right, nearer is not.",
+}
+
+
+def generation_rows(generation: dict) -> list[tuple[str, list[str]]]:
+    """Name and four cells (generated, reconstruction, real, unseen people) of every score.
+
+    A cell is "" where there is no such reference.
+    """
+    kinds, rows = (*KINDS, "unseen_people"), []
+    for name in LABELS:
+        if name in generation:
+            values, digits = generation[name], 5 if "kid" in name else 3
+            cells = [f"{values[k]:.{digits}f}" if k in values else "" for k in kinds]
+            rows.append((name, cells))
+    return rows
+
 
 def table(result: dict) -> str:
     """The scores as text, each beside its references."""
     r, c, g = result["reconstruction"], result["codebook"], result["generation"]
     lines = [f"reconstruction, {r['n']} test slices, mean (sd):"]
-    for name in IMAGE_MEASURES:
-        lines.append(f"  {name:<26} {r[name]['mean']:8.4f} ({r[name]['sd']:.4f})")
+    for name, label in IMAGE_LABELS.items():
+        lines.append(f"  {label:<26} {r[name]['mean']:8.4f} ({r[name]['sd']:.4f})")
     codecs = {k: v for k, v in r["at_equal_bits"].items() if k != "n"}
     shown = ", ".join(f"{k} {v['ssim']:.4f} ({v['bpp']:.3f})" for k, v in codecs.items())
     lines += [
@@ -510,14 +560,10 @@ def table(result: dict) -> str:
         f"generation, {g['n']} slices of each kind:",
         f"  {'':<46}{'generated':>12}{'reconstr.':>12}{'real':>10}{'unseen people':>15}",
     ]
-    for name, label in LABELS.items():
-        if name in g:
-            kinds = (*KINDS, "unseen_people")
-            digits = 5 if "kid" in name else 3
-            cells = [f"{g[name][k]:.{digits}f}" if k in g[name] else "" for k in kinds]
-            lines.append(
-                f"  {label:<46}{cells[0]:>12}{cells[1]:>12}{cells[2]:>10}{cells[3]:>15}"
-            )
+    for name, cells in generation_rows(g):
+        lines.append(
+            f"  {LABELS[name]:<46}{cells[0]:>12}{cells[1]:>12}{cells[2]:>10}{cells[3]:>15}"
+        )
     s, copies = g["as_the_seed_counts_it"], g["memorised_share"]["planted_copies"]
     lines.append(f"  memorised share of planted training slices, a control: {copies:.3f}")
     lines.append(

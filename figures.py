@@ -7,10 +7,12 @@ pixel is one figure pixel (a map's cell is 4 x 4 of them): nothing shown is resa
 A `stamp`, such as "contains training data, do not publish", stands small below the figure.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -29,6 +31,7 @@ STAMP_PX = 34
 BLOCK_PX = 40  # between the blocks of `real_beside_generated`
 
 CODES = "viridis"  # perceptually even: equal steps in rank look equally far apart
+DIFFERENCES = "magma"
 DIFFERENCE_SHOWN = 0.2  # full scale of absolute differences: fixed, so that runs compare
 COLOURS = ("#1f77b4", "#e07b1a", "#3a923a")
 INK = "0.25"
@@ -200,7 +203,7 @@ def reconstructions(
         Layer("original", originals),
         Layer("index map", index_maps, CODES, used - 1, "rank of code"),
         Layer("reconstruction", reconstructed),
-        Layer("difference", difference, "magma", DIFFERENCE_SHOWN, "|difference|"),
+        Layer("difference", difference, DIFFERENCES, DIFFERENCE_SHOWN, "|difference|"),
     ]
     return _stacks(layers, stamp, [f"SSIM {value:.3f}" for value in ssim_values])
 
@@ -261,7 +264,7 @@ def grid(images: Array, columns: int) -> Array:
     """Contact sheet (H, W) uint8: slices row by row, 2 px apart, black where there is none."""
     rows = math.ceil(len(images) / columns)
     blanks = rows * columns - len(images)
-    cells = np.pad(_bytes(images), ((0, blanks), (1, 1), (1, 1)))
+    cells = np.pad(as_bytes(images), ((0, blanks), (1, 1), (1, 1)))
     h, w = cells.shape[1:]
     return cells.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
 
@@ -294,6 +297,34 @@ def _stacks(
     return fig
 
 
+# Single images, for a page
+
+
+def png(image: Array) -> bytes:
+    """(H, W) float [0,1] or uint8, or colours (H, W, 3) uint8 -> an 8-bit PNG."""
+    pixels = as_bytes(image)
+    pixels = pixels if pixels.ndim == 2 else pixels[..., ::-1]  # OpenCV writes BGR
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def coloured_map(index_map: Array, used: int) -> Array:
+    """An index map of ranks (h, w) in the colours of the figures: uint8 (h, w, 3)."""
+    return colormaps[CODES](index_map / max(used - 1, 1), bytes=True)[..., :3]
+
+
+def coloured_difference(a: Array, b: Array) -> Array:
+    """The absolute difference of two slices, as `reconstructions` shows it: uint8 (H, W, 3)."""
+    share = np.abs(a - b) / DIFFERENCE_SHOWN
+    return colormaps[DIFFERENCES](np.clip(share, 0, 1), bytes=True)[..., :3]
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure of curves or bars as SVG, which stays sharp at any size."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    return file.getvalue()
+
+
 # Pieces
 
 
@@ -320,13 +351,15 @@ def _image(fig: Figure, x: float, y: float, image: Array, layer: Layer):
     ax = _axes(fig, x, y, CELL_PX, CELL_PX)
     ax.set_axis_off()
     if layer.cmap == "gray":  # as bytes: matplotlib's grey map is one level off here and there
-        image = np.repeat(_bytes(image)[..., None], 3, axis=-1)
+        image = np.repeat(as_bytes(image)[..., None], 3, axis=-1)
     limits = {"vmin": 0, "vmax": max(layer.high, 1e-6)}
     return ax.imshow(image, cmap=layer.cmap, interpolation="nearest", aspect="auto", **limits)
 
 
-def _bytes(images: Array) -> Array:
-    """[0, 1] -> 0..255, rounded to the nearest level."""
+def as_bytes(images: Array) -> Array:
+    """[0, 1] -> 0..255, rounded to the nearest level; what is uint8 stays."""
+    if images.dtype == np.uint8:
+        return images
     return np.rint(255 * np.clip(images, 0, 1)).astype(np.uint8)
 
 

@@ -100,7 +100,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -110,6 +109,7 @@ from torch import Tensor
 import figures
 import metrics
 import modules
+import report
 import runtime
 from dataset import Data, evenly, open_data, read_slices
 from evaluation import Scorer, evaluate, parts_of, table
@@ -154,6 +154,27 @@ class TrainedRun:
         stretch = self.config.gan_loss == "bce"
         return modules.draw(self.generator, self.code_map, self.vqvae, noise, level, stretch)
 
+    def sweep(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Sample 0 of `seed` from the lowest slice to the highest: levels (n,), slices."""
+        levels = torch.linspace(0, 1, n)
+        noise = self.noise(1, seed)[0].expand(n, -1)
+        return levels, self.draw(noise, levels)[1]
+
+    def walk(self, n: int, seed: int = 0, level: float | None = None) -> tuple[Tensor, Tensor]:
+        """From sample 0 of `seed` to sample 1: steps (n,) from 0 to 1, slices as `sample`.
+
+        Along the great circle, where the noise has the length that the generator knows.
+        level: of all slices; None is that of sample 0.
+        """
+        (a, b), levels = self.noise(2, seed)
+        where = levels[0] if level is None else torch.tensor(level)
+        # Slerp (Shoemake 1985); the limits keep it finite where a and b are parallel.
+        angle = torch.arccos(torch.cosine_similarity(a, b, dim=0).clamp(-0.999, 0.999))
+        steps = torch.linspace(0, 1, n)
+        t = steps[:, None]
+        noise = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+        return steps, self.draw(noise, where.expand(n))[1]
+
     @property
     def conditional(self) -> bool:
         """Whether a slice level can be asked for."""
@@ -169,8 +190,13 @@ class TrainedRun:
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Slices (n, 1, 256, 256) [0,1] -> index maps (n, 64, 64), slices of equal shape."""
         maps = self.encode(images)
-        parts = [self.vqvae.decode(part.to(self.device)).cpu() for part in maps.split(32)]
-        return maps, torch.cat(parts)
+        return maps, self.decode(maps)
+
+    @torch.no_grad()
+    def decode(self, maps: Tensor) -> Tensor:
+        """Index maps (n, h, w), of any size -> slices (n, 1, 4h, 4w) [0,1]."""
+        parts = maps.split(32)
+        return torch.cat([self.vqvae.decode(part.to(self.device)).cpu() for part in parts])
 
     def ranks(self, maps: Tensor) -> np.ndarray:
         """Index maps as ranks 0..U-1, for pictures: similar numbers are similar codes."""
@@ -300,16 +326,6 @@ def draw_memorisation(scorer: Scorer, stamp: str):
 # --- commands -----------------------------------------------------------------------------
 
 
-def as_bytes(image: np.ndarray) -> np.ndarray:
-    """(H, W) float [0,1] or uint8 -> uint8."""
-    return image if image.dtype == np.uint8 else np.rint(image * 255).astype(np.uint8)
-
-
-def write_png(path: Path, image: np.ndarray):
-    """(H, W) float [0,1] or uint8 -> 8-bit grey PNG."""
-    path.write_bytes(cv2.imencode(".png", as_bytes(image))[1].tobytes())
-
-
 def write_slices(folder: Path, parts: Iterator[Tensor]):
     """Slices (n, 1, 256, 256), part by part -> 00000.png ... and grid.png of the first 64."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -317,9 +333,10 @@ def write_slices(folder: Path, parts: Iterator[Tensor]):
     for images in parts:
         shown += list(images[: max(0, 64 - count), 0].numpy())
         for image in images[:, 0].numpy():
-            write_png(folder / f"{count:05d}.png", image)
+            (folder / f"{count:05d}.png").write_bytes(figures.png(image))
             count += 1
-    write_png(folder / "grid.png", figures.grid(np.stack(shown), min(8, count)))
+    grid = figures.grid(np.stack(shown), min(8, count))
+    (folder / "grid.png").write_bytes(figures.png(grid))
     runtime.say(f"{count} slices and grid.png in {folder}")
 
 
@@ -328,10 +345,9 @@ def generate_command(run: TrainedRun, arguments):
     folder, n = Path(arguments.out or run.folder / "generated"), arguments.n
     check_level(run, arguments.level)
     if arguments.level == "sweep":
-        noise = run.noise(1, arguments.seed)[0].expand(n, -1)
-        images = run.draw(noise, torch.linspace(0, 1, n))[1]
+        levels, images = run.sweep(n, arguments.seed)
         write_slices(folder, iter([images]))
-        write_strip(folder, images, [f"level {v:.2f}" for v in np.linspace(0, 1, n)], run.stamp)
+        write_strip(folder, images, [f"level {v:.2f}" for v in levels.tolist()], run.stamp)
         return
     starts = range(0, n, 256)
     parts = (
@@ -342,19 +358,12 @@ def generate_command(run: TrainedRun, arguments):
 
 
 def interpolate_command(run: TrainedRun, arguments):
-    """Along the great circle, where the noise has the length that the generator knows."""
     check_n(arguments.n, 2)
     check_level(run, arguments.level)
     folder = Path(arguments.out or run.folder / "interpolated")
-    (a, b), levels = run.noise(2, arguments.seed)
-    where = levels[0] if arguments.level is None else torch.tensor(arguments.level)
-    # Slerp (Shoemake 1985); the limits keep it finite where a and b are parallel.
-    angle = torch.arccos(torch.cosine_similarity(a, b, dim=0).clamp(-0.999, 0.999))
-    t = torch.linspace(0, 1, arguments.n)[:, None]
-    noise = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
-    images = run.draw(noise, where.expand(arguments.n))[1]
+    steps, images = run.walk(arguments.n, arguments.seed, arguments.level)
     write_slices(folder, iter([images]))
-    write_strip(folder, images, [f"{v:.2f}" for v in t[:, 0].tolist()], run.stamp)
+    write_strip(folder, images, [f"{v:.2f}" for v in steps.tolist()], run.stamp)
 
 
 def check_level(run: TrainedRun, level):
@@ -375,7 +384,7 @@ def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):
     some = evenly(len(images), 16)
     row, chosen = images[some, 0].numpy(), [labels[i] for i in some]
     runtime.save_figure(folder / "strip.png", lambda: figures.strip(row, chosen, stamp))
-    frames = [Image.fromarray(as_bytes(image)) for image in images[:, 0].numpy()]
+    frames = [Image.fromarray(figures.as_bytes(image)) for image in images[:, 0].numpy()]
     there_and_back = frames + frames[-2:0:-1]
     there_and_back[0].save(
         folder / "walk.gif", save_all=True, append_images=there_and_back[1:],
@@ -411,8 +420,12 @@ def evaluate_command(run: TrainedRun, arguments):
         raise UserError(
             Exit.CHECKPOINT, f"{run.folder} is not trained to its end; run driver.py again"
         )
-    with runtime.writing_alone(run.folder.parent):
-        evaluate_and_save(run, open_data(run.config))
+    results = run.folder.parent
+    with runtime.writing_alone(results):
+        data = open_data(run.config)
+        evaluate_and_save(run, data)
+        if (results / "results.json").exists():  # stages by hand make none
+            save_report(results, data, str(run.device))
 
 
 def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
@@ -425,9 +438,18 @@ def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
     name = "metrics.json" if run.config.samples == own else f"metrics-{run.config.samples}.json"
     result, scorer = evaluate(run, data)
     runtime.say(table(result))
-    save_figures(run, data, scorer, result, runtime.Log(run.folder / "log.csv").rows())
+    with runtime.warning_only("drawing figures"):
+        save_figures(run, data, scorer, result, runtime.Log(run.folder / "log.csv").rows())
     runtime.write_json(run.folder / name, result)
     return result
+
+
+def save_report(folder: Path, data: Data, device: str):
+    """report.html of a results folder: all its runs, and its best run in pictures."""
+    with runtime.warning_only("writing report.html"):
+        best = runtime.read_json(folder / "results.json")["best"]
+        run = load_run(folder / best, device) if best else None
+        runtime.write_text(folder / "report.html", report.page(folder, run, data))
 
 
 COMMANDS = {

@@ -371,13 +371,20 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def save_figure(path: Path, make: Callable[[], object]):
-    """Draw and save a matplotlib Figure. A figure never ends a run: a failure is a warning."""
+@contextlib.contextmanager
+def warning_only(what: str) -> Iterator[None]:
+    """Pictures and pages never end a run: a failure is a warning, its traceback in run.log."""
     try:
-        with replacing(path) as temporary:
-            make().savefig(temporary, format="png")
+        yield
     except Exception as problem:
-        warn(f"figure {path.name} was not drawn: {problem}")
+        warn(f"{what} failed: {type(problem).__name__}: {problem}")
+        log(traceback.format_exc())
+
+
+def save_figure(path: Path, make: Callable[[], object]):
+    """Draw and save a matplotlib Figure; a failure is a warning."""
+    with warning_only(f"drawing {path.name}"), replacing(path) as temporary:
+        make().savefig(temporary, format="png")
 
 
 class Log:

@@ -47,6 +47,6 @@ def test_without_a_run_that_came_through_the_exit_is_6(tmp_path):
     results = {0: {"status": "diverged", "why": "loss"}}
     driver.write_results(tmp_path, results, range(1))
     with pytest.raises(UserError) as problem:
-        driver.report(tmp_path, results)
+        driver.conclude(tmp_path)
     assert problem.value.code == Exit.DIVERGED
     assert driver.finished(tmp_path, 0)["status"] == "diverged"  # and is not tried again

@@ -49,7 +49,7 @@ def test_presets_are_valid_and_differ_from_the_default():
 
 ORDER = [
     "config", "embedded", "decoding", "modules", "metrics", "figures", "runtime", "sources",
-    "dataset", "train", "evaluation", "predict", "driver",
+    "dataset", "train", "evaluation", "report", "predict", "driver",
 ]  # fmt: skip
 
 

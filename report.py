@@ -1,0 +1,249 @@
+"""One page on a results folder: report.html, one file that opens from disk, without a network.
+
+In: a results folder, its best run (`predict.TrainedRun`, or None if none came through) and the
+data. Out: the page as text. What stands where is in `report.html.jinja` beside this file; here
+are the values that it shows. Names of files are somebody else's: the template escapes them all.
+"""
+
+import base64
+import shlex
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
+
+import evaluation
+import figures
+import metrics
+import modules
+import runtime
+from config import PRESETS, Config, flags
+from dataset import Data, evenly
+
+SAMPLES = 24  # in the grid; each brings its nearest training slice with it
+FRAMES = {"sweep": 32, "walk": 24}
+ORIGINALS = 6
+UNSEEN = 256  # test slices whose distances to training slices stand beside the samples'
+CODES = 64
+PATCH_CELLS = 4  # cells a side of a code's patch: 16 pixels
+SKIPPED = 100  # files listed; data_report.json has all
+
+LABELS = evaluation.IMAGE_LABELS | evaluation.LABELS
+
+
+def page(folder: Path, run, data: Data) -> str:
+    """The whole page on the results in `folder`, which hold results.json and data_report.json.
+
+    run: the best one, its metrics.json and log.csv in its folder.
+    """
+    results = runtime.read_json(folder / "results.json")
+    shown = {
+        "name": folder.resolve().name,
+        "stamp": data.stamp,
+        "results": results,
+        "runs": ranked(results["runs"]),
+        "labels": LABELS,
+        "data": data.report,
+        "skipped_shown": SKIPPED,
+        "run": None if run is None else {**scores_of(run), **pictures_of(run, data)},
+    }
+    if settings := settings_of(folder, results["runs"]):
+        shown |= {"settings": settings_table(settings), "commands": commands(folder, settings)}
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.jinja")
+    return template.render(shown)
+
+
+# --- numbers and words --------------------------------------------------------------------
+
+
+def ranked(rows: list[dict]) -> list[dict]:
+    """Rows of results.json, the best first; those without a rank keep their order behind."""
+    return sorted(rows, key=lambda row: (row.get("rank") is None, row.get("rank")))
+
+
+def scores_of(run) -> dict:
+    """The tables of one run's metrics.json, and what its headline says."""
+    result = runtime.read_json(run.folder / "metrics.json")
+    g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
+    rows = [(LABELS[n], cells, reading(n)) for n, cells in evaluation.generation_rows(g)]
+    reconstruction = [
+        (label, f"{r[name]['mean']:.3f}", f"{r[name]['sd']:.3f}", reading(name))
+        for name, label in evaluation.IMAGE_LABELS.items()
+    ]
+    codecs = {k.upper(): v for k, v in r["at_equal_bits"].items() if k in ("jpeg", "webp")}
+    return {
+        "folder": run.folder.name,
+        "n": g["n"],
+        "generation": rows,
+        "reconstruction": reconstruction,
+        "codebook": c,
+        "test_slices": r["n"],
+        "codecs": codecs,
+        "headline": headline(g, r),
+    }
+
+
+def reading(name: str) -> str:
+    return evaluation.READING[name.removeprefix("learned_")]
+
+
+def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
+    """The five numbers to look at first: label, number, reference."""
+    five = [
+        ("SSIM of reconstructions", f"{r['ssim']['mean']:.3f}", "1 is the original"),
+    ]
+    for name in ("fd_train", "recall", "ms_ssim_of_pairs", "memorised_share"):
+        real = "unseen_people" if name == "memorised_share" else "real"
+        word = "unseen people" if name == "memorised_share" else "real slices"
+        numbers = (f"{g[name][kind]:.3g}" for kind in ("generated", real))
+        number, reference = numbers
+        five.append((LABELS[name].partition(" (")[0], number, f"{word}: {reference}"))
+    return five
+
+
+def settings_of(folder: Path, rows: list[dict]) -> Config | None:
+    """The settings of this folder's runs, of the first seed that began."""
+    for row in rows:
+        path = folder / row["folder"] / "config.json"
+        if path.exists():
+            config = Config.from_dict(runtime.read_json(path)["config"])
+            here = Path(Config.cache).resolve() == Path(config.cache)
+            seeds = {"seed": rows[0]["seed"], "runs": len(rows), "out": str(folder)}
+            return replace(config, **seeds, cache=Config.cache if here else config.cache)
+    return None
+
+
+def settings_table(config: Config) -> list[dict]:
+    """Every option: name, value, what it means, and whether the preset has another value."""
+    preset = replace(Config(preset=config.preset), **PRESETS[config.preset])
+    return [
+        {
+            "name": f.name,
+            "value": getattr(config, f.name),
+            "help": f.metadata["help"].replace("%%", "%"),
+            "changed": f.metadata["identity"]
+            and getattr(config, f.name) != getattr(preset, f.name),
+        }
+        for f in fields(Config)
+    ]
+
+
+def commands(folder: Path, config: Config) -> list[tuple[str, str]]:
+    """What to type next, word for word, in the folder that driver.py is in."""
+
+    def line(*words) -> str:
+        return shlex.join(["python", *map(str, words)])
+
+    def driver(**changed) -> str:
+        return line("driver.py", *flags(replace(config, **changed)))
+
+    return [
+        ("Continue, where it stopped", driver()),
+        ("One more seed beside these", driver(runs=config.runs + 1)),
+        ("More samples of the best run", line("predict.py", "generate", folder, "--n", 64)),
+        ("Its scores again", line("predict.py", "evaluate", folder)),
+        ("All of it anew, in another folder", driver(out=f"{folder}-again")),
+    ]
+
+
+# --- pictures -----------------------------------------------------------------------------
+
+
+def pictures_of(run, data: Data) -> dict:
+    """Everything of the best run that is to be seen, as data: URIs in lists and dicts."""
+    rows = runtime.Log(run.folder / "log.csv").rows()
+    return {
+        "curves": [
+            uri(figures.svg(figures.curves(rows, s)), "svg+xml") for s in ("vqvae", "dcgan")
+        ],
+        "reconstructions": reconstructions(run, data),
+        **samples(run, data),
+        "sweep": film("level", *run.sweep(FRAMES["sweep"])) if run.conditional else [],
+        "walk": film("step", *run.walk(FRAMES["walk"], level=0.5 if run.conditional else None)),
+        **codes(run),
+    }
+
+
+def uri(blob: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(blob).decode('ascii')}"
+
+
+def picture(image: np.ndarray) -> str:
+    """(H, W) float [0,1], or colours (H, W, 3) uint8 -> a data: URI."""
+    return uri(figures.png(image))
+
+
+def film(word: str, positions: Tensor, images: Tensor) -> list[dict]:
+    """Frames of a slider: their label and picture."""
+    pairs = zip(positions.tolist(), images[:, 0].numpy(), strict=True)
+    return [{"label": f"{word} {p:.2f}", "image": picture(image)} for p, image in pairs]
+
+
+def reconstructions(run, data: Data) -> list[dict]:
+    """Test slices, evenly spaced: original, index map, result, difference, SSIM."""
+    images = data.test.batch(evenly(len(data.test), 3 * ORIGINALS)[1::3])
+    maps, outputs = run.reconstruct(images)
+    used, scores = len(run.code_map.used), metrics.ssim(images, outputs).tolist()
+    columns = images[:, 0].numpy(), run.ranks(maps), outputs[:, 0].numpy(), scores
+    return [
+        {
+            "original": picture(original),
+            "map": picture(figures.coloured_map(ranks, used)),
+            "result": picture(result),
+            "difference": picture(figures.coloured_difference(original, result)),
+            "ssim": score,
+        }
+        for original, ranks, result, score in zip(*columns, strict=True)
+    ]
+
+
+def samples(run, data: Data) -> dict:
+    """Generated slices, each with its nearest training slice, and what distances to expect."""
+    maps, images = run.sample(SAMPLES)
+    bank = evaluation.in_parts(metrics.thumbnails, data.train)
+    distances, rows = metrics.nearest(images, bank, k=1)
+    near = data.train.batch(rows[:, 0])[:, 0].numpy()
+    columns = images[:, 0].numpy(), run.ranks(maps), near, distances[:, 0].tolist()
+    used = len(run.code_map.used)
+    shown = [
+        {
+            "image": picture(image),
+            "map": picture(figures.coloured_map(ranks, used)),
+            "nearest": picture(nearest),
+            "distance": distance,
+        }
+        for image, ranks, nearest, distance in zip(*columns, strict=True)
+    ]
+    unseen = data.test.batch(evenly(len(data.test), UNSEEN))
+    usual = np.percentile(metrics.nearest(unseen, bank, k=1)[0], (5, 50, 95)).tolist()
+    return {"samples": shown, "usual_distances": usual}
+
+
+def codes(run) -> dict:
+    """The code histogram, and the most used codes: share and what the decoder draws of each."""
+    used = run.code_map.used.cpu()
+    histogram = figures.code_histogram(
+        run.counts[used].numpy(), modules.perplexity(run.counts), run.config.codes
+    )
+    most = run.counts.argsort(descending=True, stable=True)[: min(CODES, len(used))]
+    side = 3 * PATCH_CELLS  # a field of one code, so wide that its middle sees no edge
+    fields_of_one = most[:, None, None].expand(-1, side, side)
+    drawn = run.decode(fields_of_one)[:, 0]
+    start, end = 4 * PATCH_CELLS, 8 * PATCH_CELLS
+    patches = drawn[:, start:end, start:end].numpy()
+    shares = (run.counts[most] / run.counts.sum()).tolist()
+    return {
+        "histogram": uri(figures.svg(histogram), "svg+xml"),
+        "codes": [
+            {"number": number, "share": share, "image": picture(patch)}
+            for number, share, patch in zip(most.tolist(), shares, patches, strict=True)
+        ],
+    }
