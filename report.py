@@ -11,6 +11,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
@@ -27,7 +29,8 @@ FRAMES = {"sweep": 32, "walk": 24}
 ORIGINALS = 6
 UNSEEN = 256  # test slices whose distances to training slices stand beside the samples'
 CODES = 64
-PATCH_CELLS = 4  # cells a side of a code's patch: 16 pixels
+PATCH_PX = 12  # a code's cell of 4 pixels in the middle, and a cell on each side
+PATCH_SLICES = 32  # test slices over which patches are averaged
 SKIPPED = 100  # files listed; data_report.json has all
 
 LABELS = evaluation.IMAGE_LABELS | evaluation.LABELS
@@ -47,6 +50,7 @@ def page(folder: Path, run, data: Data) -> str:
         "labels": LABELS,
         "data": data.report,
         "skipped_shown": SKIPPED,
+        "patch_px": PATCH_PX,
         "run": None if run is None else {**scores_of(run), **pictures_of(run, data)},
     }
     if settings := settings_of(folder, results["runs"]):
@@ -78,7 +82,7 @@ def scores_of(run) -> dict:
         (label, f"{r[name]['mean']:.3f}", f"{r[name]['sd']:.3f}", reading(name))
         for name, label in evaluation.IMAGE_LABELS.items()
     ]
-    codecs = {k.upper(): v for k, v in r["at_equal_bits"].items() if k in ("jpeg", "webp")}
+    codecs = {name: r["at_equal_bits"][name.lower()] for name in ("JPEG", "WebP")}
     return {
         "folder": run.folder.name,
         "n": g["n"],
@@ -92,7 +96,9 @@ def scores_of(run) -> dict:
 
 
 def reading(name: str) -> str:
-    return evaluation.READING[name.removeprefix("learned_")]
+    if name.startswith("learned_"):
+        return "The same by an encoder's features, which see what lies where."
+    return evaluation.READING[name]
 
 
 def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
@@ -168,7 +174,7 @@ def pictures_of(run, data: Data) -> dict:
         **samples(run, data),
         "sweep": film("level", *run.sweep(FRAMES["sweep"])) if run.conditional else [],
         "walk": film("step", *run.walk(FRAMES["walk"], level=0.5 if run.conditional else None)),
-        **codes(run),
+        **codes(run, data),
     }
 
 
@@ -227,23 +233,34 @@ def samples(run, data: Data) -> dict:
     return {"samples": shown, "usual_distances": usual}
 
 
-def codes(run) -> dict:
-    """The code histogram, and the most used codes: share and what the decoder draws of each."""
+def codes(run, data: Data) -> dict:
+    """The code histogram, and the most used codes: share and what the decoder draws there."""
     used = run.code_map.used.cpu()
     histogram = figures.code_histogram(
         run.counts[used].numpy(), modules.perplexity(run.counts), run.config.codes
     )
-    most = run.counts.argsort(descending=True, stable=True)[: min(CODES, len(used))]
-    side = 3 * PATCH_CELLS  # a field of one code, so wide that its middle sees no edge
-    fields_of_one = most[:, None, None].expand(-1, side, side)
-    drawn = run.decode(fields_of_one)[:, 0]
-    start, end = 4 * PATCH_CELLS, 8 * PATCH_CELLS
-    patches = drawn[:, start:end, start:end].numpy()
-    shares = (run.counts[most] / run.counts.sum()).tolist()
+    images = data.test.batch(evenly(len(data.test), PATCH_SLICES))
+    patches, seen = patches_of(*run.reconstruct(images), run.config.codes)
+    most = run.counts.argsort(descending=True, stable=True)
+    most = [code for code in most.tolist() if seen[code]][:CODES]
+    shares = (run.counts / run.counts.sum()).tolist()
     return {
         "histogram": uri(figures.svg(histogram), "svg+xml"),
         "codes": [
-            {"number": number, "share": share, "image": picture(patch)}
-            for number, share, patch in zip(most.tolist(), shares, patches, strict=True)
+            {"number": code, "share": shares[code], "image": picture(patches[code].numpy())}
+            for code in most
         ],
     }
+
+
+def patches_of(maps: Tensor, images: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Mean patch around each code's cells (K, 12, 12), and how many cells it has (K,).
+
+    maps: (n, h, w), the index maps that were decoded to `images` (n, 1, 4h, 4w).
+    """
+    edge = (PATCH_PX - 4) // 2
+    around = F.unfold(images, PATCH_PX, padding=edge, stride=4)  # (n, 144, h*w)
+    rows = around.transpose(1, 2).flatten(0, 1)  # (n*h*w, 144)
+    sums = torch.zeros(codes, rows.shape[1]).index_add_(0, maps.flatten(), rows)
+    counts = torch.bincount(maps.flatten(), minlength=codes)
+    return (sums / counts[:, None].clamp(min=1)).view(codes, PATCH_PX, PATCH_PX), counts
