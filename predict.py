@@ -1,7 +1,7 @@
-"""From a finished run to images and scores: generate, interpolate, reconstruct, evaluate.
+"""From a finished run to images, scores and files to share.
 
-In: a results folder (its best run) or the folder of one seed. Out: 8-bit grey PNGs of 256x256,
-`metrics.json`, figures. In a notebook:
+In: a results folder (its best run), the folder of one seed, or an exported one. Out: 8-bit grey
+PNGs of 256x256, a volume, `metrics.json`, figures, an export. In a notebook:
 `run = load_run("runs/NAME"); maps, brains = run.sample(8)`.
 """
 
@@ -55,6 +55,9 @@ def parse():
         help="slice level, 0 lowest to 1 highest; or sweep: --n levels of one subject "
         "[as in the training split]",
     )  # fmt: skip
+    generate.add_argument(
+        "--volume", action="store_true", help="stack --level sweep into volume.nii.gz"
+    )
     interpolate = commands.add_parser(
         "interpolate", help="walk from one new subject to another",
         description="Walk from one new subject to another; PNGs, a strip and a GIF.",
@@ -85,7 +88,12 @@ def parse():
         description="Score a run; writes metrics.json and figures into its folder.",
     )  # fmt: skip
     add_options(evaluate, ("data", "cache", "samples"), data="as trained", cache="as trained")
-    for command in (generate, interpolate, reconstruct, evaluate):
+    export = commands.add_parser(
+        "export", help="a folder to share: safetensors and a model card",
+        description="Write weights (safetensors), settings, a model card and an example.",
+    )  # fmt: skip
+    export.add_argument("--out", required=True, help="a new folder, or an earlier export's")
+    for command in (generate, interpolate, reconstruct, evaluate, export):
         command.add_argument(
             "run", metavar="RUN", help="results folder, or the folder of one seed"
         )
@@ -111,6 +119,7 @@ import metrics
 import modules
 import report
 import runtime
+import sharing
 from dataset import Data, evenly, open_data, read_slices
 from evaluation import Scorer, evaluate, parts_of, table
 
@@ -203,8 +212,11 @@ class TrainedRun:
         return self.code_map.rank.cpu()[maps].clamp(min=0).numpy()
 
 
+BEST = {"vqvae": "vqvae_best", "codes": "codes", "generator": "dcgan_best"}
+
+
 def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
-    """Load a results folder's best run, or a seed's folder.
+    """Load a results folder's best run, a seed's folder, or an exported one.
 
     Raises UserError (exit 4) if a file that it needs is missing, damaged or of another run.
     """
@@ -216,7 +228,27 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
         stamp = saved["stamp"]
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(Exit.CHECKPOINT, f"{folder / 'config.json'}: {problem}") from None
-    paths = {name: folder / f"{name}.pt" for name in ("vqvae_best", "codes", "dcgan_best")}
+    exported = (folder / sharing.WEIGHTS).exists()
+    parts = sharing.load(folder) if exported else load_checkpoints(folder, mine)
+    networks = {
+        "vqvae": modules.make_vqvae(config),
+        "generator": modules.make_generator(config),
+    }
+    for name, network in networks.items():
+        file = sharing.WEIGHTS if exported else f"{BEST[name]}.pt"
+        runtime.load_weights(network, parts[name], folder / file)
+        network.to(where).eval().requires_grad_(False)
+    codes = parts["codes"]
+    code_map = modules.CodeMap(codes["used"], codes["points"], config.codes).to(where)
+    return TrainedRun(
+        folder, config, seed, saved["data"], stamp, where, **networks, code_map=code_map,
+        levels=codes["levels"], counts=codes["counts"],
+    )  # fmt: skip
+
+
+def load_checkpoints(folder: Path, mine: dict) -> dict[str, dict[str, Tensor]]:
+    """The best weights of a seed's folder, as `sharing.load`. Raises UserError (exit 4)."""
+    paths = {name: folder / f"{name}.pt" for name in BEST.values()}
     values = {
         name: runtime.load_checkpoint(path, stage=name.removesuffix("_best"), **mine)
         for name, path in paths.items()
@@ -229,24 +261,17 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
             raise UserError(
                 Exit.CHECKPOINT, f"{paths[name]} was made with another {paths[target].name}"
             )
-    parts = {
-        "vqvae": (modules.make_vqvae(config), values["vqvae_best"].get("model")),
-        "generator": (modules.make_generator(config), values["dcgan_best"].get("generator")),
-    }
-    for name, path in (("vqvae", "vqvae_best"), ("generator", "dcgan_best")):
-        module = runtime.load_weights(*parts[name], paths[path])
-        parts[name] = module.to(where).eval().requires_grad_(False)
     codes = values["codes"]
-    code_map = modules.CodeMap(codes["used"], codes["points"], config.codes).to(where)
-    return TrainedRun(
-        folder, config, seed, saved["data"], stamp, where, **parts, code_map=code_map,
-        levels=codes["levels"], counts=codes["counts"]["train"],
-    )  # fmt: skip
+    return {
+        "vqvae": values["vqvae_best"].get("model"),
+        "generator": values["dcgan_best"].get("generator"),
+        "codes": codes | {"counts": codes["counts"]["train"]},
+    }
 
 
 def seed_folder(path: Path) -> Path:
     """The folder of one seed: `path` itself, its best run, or its only one."""
-    if list(path.glob("*_best.pt")):
+    if list(path.glob("*_best.pt")) or (path / sharing.WEIGHTS).exists():
         return path
     if (path / "results.json").exists():
         best = runtime.read_json(path / "results.json").get("best")
@@ -344,10 +369,18 @@ def generate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 1)
     folder, n = Path(arguments.out or run.folder / "generated"), arguments.n
     check_level(run, arguments.level)
+    if arguments.volume:
+        if arguments.level != "sweep":
+            raise UserError(Exit.USAGE, "--volume stacks a --level sweep: give both")
+        check_n(n, 2)
     if arguments.level == "sweep":
         levels, images = run.sweep(n, arguments.seed)
         write_slices(folder, iter([images]))
         write_strip(folder, images, [f"level {v:.2f}" for v in levels.tolist()], run.stamp)
+        if arguments.volume:
+            path = folder / "volume.nii.gz"
+            sharing.write_volume(path, images, run.stamp or "generated; shows nobody")
+            runtime.say(f"volume: {path}")
         return
     starts = range(0, n, 256)
     parts = (
@@ -412,7 +445,22 @@ def reconstruct_command(run: TrainedRun, arguments):
     )
 
 
+def export_command(run: TrainedRun, arguments):
+    check_own(run)
+    sharing.export(run, Path(arguments.out))
+    runtime.say(f"to share: {arguments.out}" + (f" ({run.stamp})" if run.stamp else ""))
+
+
+def check_own(run: TrainedRun):
+    if (run.folder / sharing.WEIGHTS).exists():
+        raise UserError(
+            Exit.USAGE, f"{run.folder} is an export, without scores and logs; give the folder "
+            "of the run that it was made from",
+        )  # fmt: skip
+
+
 def evaluate_command(run: TrainedRun, arguments):
+    check_own(run)
     given = {k: getattr(arguments, k) for k in ("data", "cache", "samples") if k in arguments}
     run.config = replace(run.config, **given)
     last = runtime.load_checkpoint(run.folder / "dcgan_last.pt", stage="dcgan")
@@ -457,6 +505,7 @@ COMMANDS = {
     "interpolate": interpolate_command,
     "reconstruct": reconstruct_command,
     "evaluate": evaluate_command,
+    "export": export_command,
 }
 
 

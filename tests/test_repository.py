@@ -24,7 +24,7 @@ def test_the_architecture_table_is_the_one_that_the_code_prints():
 
 def test_every_flag_in_the_readme_exists():
     known = {"--" + f.name.replace("_", "-") for f in fields(Config)}
-    known |= {"--n", "--stage", "--help", "--level"}
+    known |= {"--n", "--stage", "--help", "--level", "--volume"}
     shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert shown <= known, shown - known
 
@@ -49,7 +49,7 @@ def test_presets_are_valid_and_differ_from_the_default():
 
 ORDER = [
     "config", "embedded", "decoding", "modules", "metrics", "figures", "runtime", "sources",
-    "dataset", "train", "evaluation", "report", "predict", "driver",
+    "dataset", "train", "evaluation", "report", "sharing", "predict", "driver",
 ]  # fmt: skip
 
 

@@ -1,0 +1,196 @@
+"""What leaves the project: a finished run as a folder to share, a level sweep as a volume.
+
+In: a run (`predict.TrainedRun`). Out: a folder that `predict.load_run` takes as it takes the
+run's own: `model.safetensors` (networks and code map: numbers alone), `config.json`, a model
+card `README.md`, `example.png`. Or slices as a NIfTI file, which opens in any viewer.
+"""
+
+import gzip
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import evaluation
+import figures
+import runtime
+from config import Config, Exit, UserError
+
+WEIGHTS, EXAMPLE = "model.safetensors", "example.png"
+FILES = {WEIGHTS, "config.json", "README.md", EXAMPLE}
+CODES = {"used", "points", "levels", "counts"}
+HEIGHT_MM = 112  # between a head's lowest and highest slice: the mean of embedded subjects
+
+# --- a folder to share --------------------------------------------------------------------
+
+
+def export(run, folder: Path):
+    """Write `run` to `folder`; config.json, without which nothing loads, comes last.
+
+    Raises UserError: exit 5 if the folder holds something else, 4 if the run has no scores yet.
+    """
+    check_free(folder)
+    card = model_card(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{part}.{name}": tensor.contiguous().cpu()
+        for part, state in states_of(run).items()
+        for name, tensor in state.items()
+    }
+    with runtime.replacing(folder / WEIGHTS) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors))
+    runtime.write_text(folder / "README.md", card)
+    with runtime.replacing(folder / EXAMPLE) as temporary:
+        sheet = figures.grid(run.sample(8, seed=1)[1][:, 0].numpy(), columns=4)
+        temporary.write_bytes(figures.png(sheet))
+    here = Config()  # where things were on this machine is nobody's business
+    config = replace(run.config, data=here.data, out=here.out, cache=here.cache, seed=run.seed)
+    values = {"config": config.to_dict(), "data": run.fingerprint, "stamp": run.stamp}
+    values["checksum"] = runtime.checksum(folder / WEIGHTS)
+    runtime.write_json(folder / "config.json", values)
+
+
+def states_of(run) -> dict[str, dict[str, Tensor]]:
+    codes = {"used": run.code_map.used, "points": run.code_map.points}
+    codes |= {"levels": run.levels, "counts": run.counts}
+    return {
+        "vqvae": run.vqvae.state_dict(),
+        "generator": run.generator.state_dict(),
+        "codes": codes,
+    }
+
+
+def load(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The inverse: {"vqvae", "generator", "codes"} -> name -> tensor.
+
+    Raises UserError (exit 4) unless the file is whole and the one that config.json speaks of.
+    """
+    path = folder / WEIGHTS
+    if runtime.read_json(folder / "config.json").get("checksum") != runtime.checksum(path):
+        raise UserError(Exit.CHECKPOINT, f"{path} is damaged, or of another config.json")
+    parts = {"vqvae": {}, "generator": {}, "codes": {}}
+    try:
+        for name, tensor in safetensors.torch.load_file(path).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+    except (SafetensorError, KeyError) as problem:
+        raise UserError(Exit.CHECKPOINT, f"{path}: not an export: {problem}") from None
+    tensors = [tensor for part in parts.values() for tensor in part.values()]
+    if set(parts["codes"]) != CODES or not all(t.isfinite().all() for t in tensors):
+        raise UserError(Exit.CHECKPOINT, f"{path}: not an export, or it holds infinite numbers")
+    return parts
+
+
+def check_free(folder: Path):
+    """Raise UserError (exit 5) if `folder` holds anything but an earlier export."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not (WEIGHTS in names and names <= FILES):
+        raise UserError(Exit.BUSY, f"{folder} holds other files; choose another --out")
+
+
+# --- its card -----------------------------------------------------------------------------
+
+EMBEDDED_LICENCE = """\
+The training data are derived from the ICBM 2009a nonlinear symmetric template (Copyright (C)
+1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
+University; free to use and distribute with this notice)."""
+PRIVATE_LICENCE = """\
+The networks were trained on somebody's scans. If those are of OASIS, its data-use agreement
+holds for these files as well: publish no image, slice, table or trained network made from it.
+Cite Marcus et al. 2007 for OASIS-1, LaMontagne et al. 2019 for OASIS-3."""
+
+
+def model_card(run) -> str:
+    """README.md of an export: what it is, its data, scores, memorisation, licence."""
+    result = runtime.read_json(run.folder / "metrics.json")
+    data = runtime.read_json(run.folder.parent / "data_report.json")
+    g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
+    near, learned = g["memorised_share"], g["learned_memorised_share"]
+    numbers = near["generated"], learned["generated"], near["planted_copies"]
+    share, encoder, copies = (f"{100 * number:.1f} %" for number in numbers)
+    counts = "\n".join(
+        f"| {part} | {data['subjects'][part]} | {data['slices'][part]} |"
+        for part in data["subjects"]
+    )
+    reconstruction = "\n".join(
+        f"| {label} | {r[name]['mean']:.3f} | {r[name]['sd']:.3f} |"
+        for name, label in evaluation.IMAGE_LABELS.items()
+    )
+    generation = "\n".join(
+        f"| {evaluation.LABELS[name]} | {' | '.join(cells)} |"
+        for name, cells in evaluation.generation_rows(g)
+    )
+    stamp = f"**{run.stamp}**\n\n" if run.stamp else ""
+    licence = PRIVATE_LICENCE if run.stamp else EMBEDDED_LICENCE
+    return f"""# Brain MRI slices from a codebook: VQ-VAE and DCGAN
+
+{stamp}![Samples 0 to 7 of seed 1]({EXAMPLE})
+
+A VQ-VAE with {c["codes"]} codes, and a DCGAN that draws its index maps: axial slices of 256x256
+of people who do not exist. Preset `{run.config.preset}`, seed {run.seed}; every setting is in
+`config.json`. `{WEIGHTS}` holds numbers alone: a stranger's file runs no code.
+
+```python
+from predict import load_run
+
+run = load_run("this folder")
+maps, brains = run.sample(8, seed=1)  # {EXAMPLE}: (8, 1, 256, 256) in [0, 1]
+```
+
+No basis for any medical judgement: nothing that a sample shows was seen in anybody.
+
+## Data
+
+Source: {data["source"]}; split {data["split"]}; {len(data["skipped"])} files skipped.
+
+| part | subjects | slices |
+| --- | --- | --- |
+{counts}
+
+## Scores
+
+{g["n"]} slices of each kind; unseen people are real slices of others.
+
+| generation | generated | reconstructions | real | unseen people |
+| --- | --- | --- | --- | --- |
+{generation}
+
+| reconstruction of {r["n"]} test slices | mean | sd |
+| --- | --- | --- |
+{reconstruction}
+
+## Memorisation
+
+{share} of the samples are nearer to a training slice than 95 % of unseen people's slices are
+({encoder} by an encoder's features). Chance is 5 %; copies of training slices are at {copies}.
+
+## Licence
+
+{licence}
+"""
+
+
+# --- a volume -----------------------------------------------------------------------------
+
+
+def write_volume(path: Path, slices: Tensor, note: str):
+    """A sweep of axial slices (n, 1, 256, 256), lowest first, as NIfTI: uint8 (256, 256, n).
+
+    RAS, its origin in the middle. A slice begins at the front and at the patient's right, so
+    that both axes are turned. A pixel is 1 mm, as in volumes that the project slices; the n
+    levels spread over the height of a head.
+    """
+    pixels = figures.as_bytes(slices[:, 0].numpy())  # (n, rows, columns)
+    voxels = pixels[:, ::-1, ::-1].transpose(2, 1, 0)  # (right, anterior, superior)
+    sizes_mm = np.array([1, 1, HEIGHT_MM / (len(slices) - 1)])
+    affine = np.diag([*sizes_mm, 1])
+    affine[:3, 3] = -sizes_mm * (np.array(voxels.shape) - 1) / 2
+    image = nibabel.Nifti1Image(voxels, affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = note.encode("ascii", "replace")[:79]
+    with runtime.replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(image.to_bytes(), mtime=0))

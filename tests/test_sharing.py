@@ -1,0 +1,169 @@
+"""Exports load back to the same samples, bit by bit; volumes lie as the head does."""
+
+import json
+import re
+from dataclasses import replace
+
+import cv2
+import nibabel
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from test_report import a_run, result
+
+import embedded
+import evaluation
+import predict
+import runtime
+import sharing
+from config import Config, Exit, UserError
+from dataset import PRIVATE
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = a_run(tmp_path / "out/seed-0")
+    scores = result()
+    scores["generation"]["memorised_share"] = {"generated": 0.125, "planted_copies": 1.0}
+    runtime.write_json(run.folder / "metrics.json", scores)
+    counts = {"train": 10, "validation": 2, "test": 2}
+    report = {
+        "source": "embedded set", "root": "/home/somebody", "split": "by subject",
+        "skipped": [], "subjects": counts, "slices": counts,
+    }  # fmt: skip
+    runtime.write_json(run.folder.parent / "data_report.json", report)
+    return run
+
+
+def test_an_export_draws_the_same_bits_and_remembers_its_run(run, tmp_path):
+    run = replace(run, config=replace(run.config, data="/home/somebody"), stamp=PRIVATE)
+    sharing.export(run, tmp_path / "shared")
+    back = predict.load_run(tmp_path / "shared", "cpu")
+    for mine, theirs in zip(run.sample(6, seed=3), back.sample(6, seed=3), strict=True):
+        assert torch.equal(mine, theirs) and len(mine.unique()) > 4
+    for mine, theirs in zip(run.sweep(3), back.sweep(3), strict=True):
+        assert torch.equal(mine, theirs)
+    images = run.sample(2)[1]
+    assert torch.equal(run.reconstruct(images)[1], back.reconstruct(images)[1])
+    assert torch.equal(run.counts, back.counts)
+    assert back.config.identity() == run.config.identity()
+    assert (back.seed, back.stamp, back.fingerprint) == (run.seed, PRIVATE, "f")
+    example = cv2.imread(str(tmp_path / "shared/example.png"), cv2.IMREAD_UNCHANGED)
+    sample = back.sample(1, seed=1)[1][0, 0].numpy()
+    np.testing.assert_array_equal(example[1:257, 1:257], np.rint(255 * sample))
+
+
+def test_the_card_says_whose_data_how_good_and_how_much_is_copied(run, tmp_path):
+    sharing.export(run, tmp_path / "public")
+    sharing.export(replace(run, stamp=PRIVATE), tmp_path / "private")
+    public, private = (
+        (tmp_path / name / "README.md").read_text() for name in ("public", "private")
+    )
+    assert "| train | 10 | 10 |" in public and "12.5 % of the samples" in public
+    assert all(label in public for label in evaluation.LABELS.values())
+    assert "Louis Collins" in public and "OASIS" not in public
+    assert PRIVATE in private and "data-use agreement" in private
+    for path in (tmp_path / "private").iterdir():
+        assert b"/home/somebody" not in path.read_bytes()
+    names = set(re.findall(r"`([\w.]+\.\w+)`|\((\S+\.png)\)", public))
+    assert {a or b for a, b in names} < {path.name for path in (tmp_path / "public").iterdir()}
+
+
+def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/README.md").write_text("my thesis")
+    for folder in (tmp_path / "thesis", run.folder):
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match="holds other files") as problem:
+            sharing.export(run, folder)
+        assert problem.value.code == Exit.BUSY
+        assert before == {path: path.read_bytes() for path in folder.iterdir()}
+    sharing.export(run, tmp_path / "shared")
+    sharing.export(replace(run, seed=7), tmp_path / "shared")  # an earlier export's may be
+    assert predict.load_run(tmp_path / "shared").seed == 7
+
+
+def damage_byte(path):
+    blob = bytearray(path.read_bytes())
+    blob[-9] ^= 1
+    path.write_bytes(blob)
+
+
+def other_tensors(path):
+    values = {"somebody.weight": torch.zeros(3)}
+    rewrite(path, values)
+
+
+def infinite(path):
+    values = safetensors.torch.load_file(path)
+    values["codes.points"][0, 0] = torch.inf
+    rewrite(path, values)
+
+
+def lost_codes(path):
+    values = safetensors.torch.load_file(path)
+    del values["codes.points"]
+    rewrite(path, values)
+
+
+def no_safetensors(path):
+    rewrite(path, None)
+
+
+def rewrite(path, values):
+    """Another file with a checksum that fits."""
+    path.write_bytes(b"hello" if values is None else safetensors.torch.save(values))
+    config = path.with_name("config.json")
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps(saved | {"checksum": runtime.checksum(path)}))
+
+
+@pytest.mark.parametrize(
+    "harm", [damage_byte, other_tensors, infinite, lost_codes, no_safetensors]
+)
+def test_a_damaged_export_is_refused_and_named(run, tmp_path, harm):
+    sharing.export(run, tmp_path / "shared")
+    harm(tmp_path / "shared/model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors") as problem:
+        predict.load_run(tmp_path / "shared")
+    assert problem.value.code == Exit.CHECKPOINT
+
+
+def test_a_volume_lies_as_the_head_does(run, tmp_path):
+    slices = run.sweep(9)[1]
+    predict.write_slices(tmp_path, iter([slices]))
+    sharing.write_volume(tmp_path / "volume.nii.gz", slices, PRIVATE)
+    volume = nibabel.load(tmp_path / "volume.nii.gz")
+    assert volume.shape == (256, 256, 9) and volume.get_data_dtype() == np.uint8
+    assert nibabel.aff2axcodes(volume.affine) == ("R", "A", "S")
+    np.testing.assert_allclose(volume.header.get_zooms(), (1, 1, sharing.HEIGHT_MM / 8))
+    assert volume.header.get_xyzt_units()[0] == "mm"
+    middle = (np.array(volume.shape) - 1) / 2
+    np.testing.assert_allclose(nibabel.affines.apply_affine(volume.affine, middle), 0)
+    assert PRIVATE.encode() in volume.header["descrip"].tobytes()
+    voxels = np.asarray(volume.dataobj)
+    for k in range(9):
+        png = cv2.imread(str(tmp_path / f"{k:05d}.png"), cv2.IMREAD_UNCHANGED)
+        # From the front to the back, from the patient's right to the left.
+        np.testing.assert_array_equal(voxels[::-1, ::-1, k].T, png)
+    assert len(np.unique(voxels)) > 4 and (voxels[..., 0] != voxels[..., 8]).any()
+
+
+def test_a_volume_sliced_again_gives_the_slices_back(run, tmp_path):
+    # The way in (decoding.py) knows nothing of the way out: both must mean the same sides.
+    draw = np.random.default_rng(0)
+    ramp = np.linspace(60, 250, 256)[None, :, None] * np.linspace(0.5, 1, 256)
+    images = torch.from_numpy(ramp.repeat(6, 0) / 255).float()[:, None]
+    images *= torch.from_numpy(draw.uniform(0.9, 1, (6, 1, 1, 1))).float()
+    sharing.write_volume(tmp_path / "volume.nii.gz", images, "")
+    again = predict.read_slices(tmp_path / "volume.nii.gz", Config(slices=6))
+    assert again.shape == (6, 256, 256)
+    for a, b in zip(again.astype(float), images[:, 0].numpy(), strict=True):
+        assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.99
+
+
+def test_the_height_of_a_volume_is_that_of_embedded_heads():
+    people = (embedded._Person(np.random.default_rng([0, 0, i])) for i in range(3))
+    heights = [np.ptp(person.heights(32)) for person in people]
+    assert abs(np.mean(heights) - sharing.HEIGHT_MM) < 8
