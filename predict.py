@@ -280,8 +280,21 @@ def seed_folder(path: Path) -> Path:
     seeds = sorted(path.glob("seed-*"))
     if len(seeds) == 1:
         return seeds[0]
-    reason = "no finished run in it" if not seeds else "name one of its seed-* folders"
-    raise UserError(Exit.CHECKPOINT, f"{path}: {reason}")
+    raise UserError(Exit.CHECKPOINT, f"RUN {path}: {no_run_in(path, seeds)}")
+
+
+def no_run_in(path: Path, seeds: list[Path]) -> str:
+    """Why `path` names no run, and what would."""
+    if not path.exists():
+        return "does not exist; give a results folder of driver.py, such as runs/NAME"
+    if not path.is_dir():
+        return "is a file; give the results folder that it lies in"
+    if seeds:
+        return "no run of it was chosen yet; run driver.py again, or name a seed-* folder"
+    inside = sorted(child.parent.name for child in path.glob("*/results.json"))
+    if inside:
+        return f"holds several results folders; give one of them: {', '.join(inside[:5])}"
+    return "no run in it; give a results folder of driver.py, such as runs/NAME"
 
 
 # --- figures ------------------------------------------------------------------------------

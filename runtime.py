@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import signal
 import socket
@@ -30,6 +31,7 @@ import torch
 
 from config import Config, Exit, UserError
 
+OLDEST_TORCH = (2, 10)  # as in requirements.txt
 FORMAT = 1  # of checkpoints; raised when an older one could be misread
 
 # --- messages -----------------------------------------------------------------------------
@@ -184,8 +186,20 @@ UNWRITABLE = {
 }  # fmt: skip
 
 
+def check_torch(version: str):
+    """Raise UserError (exit 2) for a torch older than the code was written for."""
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if found < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(
+            Exit.USAGE, f"torch {version} is too old, needed is {oldest}: "
+            f"pip install --upgrade 'torch>={oldest}'",
+        )  # fmt: skip
+
+
 def _ending(main) -> Exit:
     try:
+        check_torch(torch.__version__)
         main()
         return Exit.DONE
     except UserError as problem:
@@ -201,15 +215,11 @@ def _ending(main) -> Exit:
     except (torch.OutOfMemoryError, MemoryError) as problem:
         return _fail(Exit.MEMORY, f"out of memory ({problem}); try half of --batch-size")
     except OSError as problem:
-        if problem.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EACCES,
-            errno.EROFS,
-        ):
+        if problem.errno in UNWRITABLE:
             return _fail(
-                Exit.WRITE, f"cannot write {problem.filename or ''}: {problem.strerror}"
+                Exit.WRITE,
+                f"cannot write {problem.filename or ''}: {problem.strerror}; make "
+                "room, or choose another --out",
             )
         return _bug()
     except RuntimeError as problem:
@@ -476,7 +486,8 @@ def load_checkpoint(path: Path, **expected) -> dict:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
-            Exit.CHECKPOINT, f"{path}: no such file; is the run finished?"
+            Exit.CHECKPOINT,
+            f"{path}: no such file; is the run finished? (driver.py continues)",
         ) from None
     except Exception as problem:
         reason = " ".join(str(problem).split())[:120] or type(problem).__name__

@@ -20,6 +20,7 @@ from decoding import IMAGES, VOLUMES
 
 PARTS = ("train", "validation", "test")
 SLICE_KEY = "slice:"  # begins the stand-in for a subject that is unknown
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _NUMBER = re.compile(r"(\d+)")
 LAYOUTS = """accepted are folders that hold, at any depth,
   PNG or JPEG slices whose path names the subject (case_001_slice_0.nii.png, OAS1_0001_...,
@@ -95,6 +96,8 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
     """Images or volumes below `root` in natural order, and the beginning of the report."""
     if not root.is_dir():
         problem = "is a file, not a folder" if root.exists() else "does not exist"
+        if root.suffix.lower() in ARCHIVES:
+            problem += ": unpack it, and give the folder"
         raise UserError(Exit.DATA, f"--data {printable(root)} {problem}; {LAYOUTS}")
     ignored, sessions = Counter(), set()
     names = sorted(_walk(root, ignored, sessions), key=_natural)

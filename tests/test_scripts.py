@@ -2,18 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import cv2
+import nibabel
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import predict
+from dataset import PRIVATE
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -74,6 +77,14 @@ def test_the_driver_writes_what_the_readme_lists(finished):
         assert len(list((where / "out" / seed / "figures").glob("*.png"))) == 9
         maps = np.load(where / "out" / seed / "codes.npy", mmap_mode="r")
         assert maps.dtype == np.uint16 and maps.shape == (128, 64, 64)
+    page = (where / "out/report.html").read_text(encoding="utf-8")
+    assert 'id="generated"' in page and "mean (sd)" in page and PRIVATE in page
+    assert [run["rank"] for run in results["runs"]] == [
+        1 + (run["folder"] != results["best"]) for run in results["runs"]
+    ]
+    # The table, after each run and at the end.
+    assert len(re.findall("^seed 0: done", done.stdout, re.M)) == 3
+    assert len(re.findall("^seed 1: unfinished", done.stdout, re.M)) == 1
     assert "24 subjects" in done.stdout and "warning" not in done.stderr
     assert not [p for p in where.rglob("*") if "tmp" in p.name]
 
@@ -126,6 +137,28 @@ def test_a_level_can_be_asked_for_and_swept(finished):
     assert (where / "sweep/strip.png").exists() and (where / "sweep/walk.gif").exists()
     wrong = script("predict.py", "generate", "out", "--level", "1.5", cwd=where)
     assert wrong.returncode == 2 and "0 to 1" in wrong.stderr
+
+
+def test_a_sweep_becomes_a_volume_and_a_run_an_export(finished):
+    where, _ = finished
+    options = ["--level", "sweep", "--volume", "--n", 3, "--out", "stack"]
+    done = script("predict.py", "generate", "out", *options, cwd=where)
+    assert done.returncode == 0 and "volume.nii.gz" in done.stdout, done.stderr
+    assert nibabel.load(where / "stack/volume.nii.gz").shape == (256, 256, 3)
+    for options, words in (
+        (["generate", "out", "--volume"], "--level sweep"),
+        (["generate", "out", "--volume", "--level", "sweep", "--n", 1], "at least 2"),
+    ):
+        wrong = script("predict.py", *options, cwd=where)
+        assert wrong.returncode == 2 and words in wrong.stderr
+    done = script("predict.py", "export", "out", "--out", "shared", cwd=where)
+    assert done.returncode == 0 and PRIVATE in done.stdout, done.stderr
+    done = script("predict.py", "generate", "shared", "--n", 1, "--out", "n", cwd=where)
+    assert done.returncode == 0, done.stderr
+    for command, code in (("evaluate", 2), ("export", 2)):
+        options = ["--out", "again"] if command == "export" else []
+        wrong = script("predict.py", command, "shared", *options, cwd=where)
+        assert wrong.returncode == code and "is an export" in wrong.stderr, wrong.stderr
 
 
 def test_what_is_drawn_depends_on_the_level(finished):
