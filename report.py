@@ -37,10 +37,7 @@ LABELS = evaluation.IMAGE_LABELS | evaluation.LABELS
 
 
 def page(folder: Path, run, data: Data) -> str:
-    """The whole page on the results in `folder`, which hold results.json and data_report.json.
-
-    run: the best one, its metrics.json and log.csv in its folder.
-    """
+    """The whole page on the results.json in `folder`; `run` is the best one, or None."""
     results = runtime.read_json(folder / "results.json")
     shown = {
         "name": folder.resolve().name,
@@ -77,25 +74,21 @@ def scores_of(run) -> dict:
     """The tables of one run's metrics.json, and what its headline says."""
     result = runtime.read_json(run.folder / "metrics.json")
     g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
-    rows = [(LABELS[n], cells, reading(n)) for n, cells in evaluation.generation_rows(g)]
+    generation = [(LABELS[n], cells, reading(n)) for n, cells in evaluation.generation_rows(g)]
     reconstruction = [
         (label, f"{r[name]['mean']:.3f}", f"{r[name]['sd']:.3f}", reading(name))
         for name, label in evaluation.IMAGE_LABELS.items()
     ]
     codecs = {name: r["at_equal_bits"][name.lower()] for name in ("JPEG", "WebP")}
     return {
-        "folder": run.folder.name,
-        "n": g["n"],
-        "generation": rows,
-        "reconstruction": reconstruction,
-        "codebook": c,
-        "test_slices": r["n"],
-        "codecs": codecs,
-        "headline": headline(g, r),
-    }
+        "folder": run.folder.name, "headline": headline(g, r), "n": g["n"],
+        "generation": generation, "test_slices": r["n"], "reconstruction": reconstruction,
+        "codecs": codecs, "codebook": c,
+    }  # fmt: skip
 
 
 def reading(name: str) -> str:
+    """How to read a score, in a sentence."""
     if name.startswith("learned_"):
         return "The same by an encoder's features, which see what lies where."
     return evaluation.READING[name]
@@ -103,15 +96,12 @@ def reading(name: str) -> str:
 
 def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
     """The five numbers to look at first: label, number, reference."""
-    five = [
-        ("SSIM of reconstructions", f"{r['ssim']['mean']:.3f}", "1 is the original"),
-    ]
-    for name in ("fd_train", "recall", "ms_ssim_of_pairs", "memorised_share"):
-        real = "unseen_people" if name == "memorised_share" else "real"
-        word = "unseen people" if name == "memorised_share" else "real slices"
-        numbers = (f"{g[name][kind]:.3g}" for kind in ("generated", real))
-        number, reference = numbers
-        five.append((LABELS[name].partition(" (")[0], number, f"{word}: {reference}"))
+    five = [("SSIM of reconstructions", f"{r['ssim']['mean']:.3f}", "1 is the original")]
+    references = dict.fromkeys(("fd_train", "recall", "ms_ssim_of_pairs"), "real")
+    for name, kind in (references | {"memorised_share": "unseen_people"}).items():
+        label, reference = LABELS[name].partition(" (")[0], kind.replace("_", " ")
+        number, beside = g[name]["generated"], g[name][kind]
+        five.append((label, f"{number:.3g}", f"{reference}: {beside:.3g}"))
     return five
 
 
@@ -130,16 +120,12 @@ def settings_of(folder: Path, rows: list[dict]) -> Config | None:
 def settings_table(config: Config) -> list[dict]:
     """Every option: name, value, what it means, and whether the preset has another value."""
     preset = replace(Config(preset=config.preset), **PRESETS[config.preset])
-    return [
-        {
-            "name": f.name,
-            "value": getattr(config, f.name),
-            "help": f.metadata["help"].replace("%%", "%"),
-            "changed": f.metadata["identity"]
-            and getattr(config, f.name) != getattr(preset, f.name),
-        }
-        for f in fields(Config)
-    ]
+    rows = []
+    for f in fields(Config):
+        value, words = getattr(config, f.name), f.metadata["help"].replace("%%", "%")
+        changed = f.metadata["identity"] and value != getattr(preset, f.name)
+        rows.append({"name": f.name, "value": value, "help": words, "changed": changed})
+    return rows
 
 
 def commands(folder: Path, config: Config) -> list[tuple[str, str]]:

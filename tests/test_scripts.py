@@ -175,6 +175,24 @@ def test_what_is_drawn_depends_on_the_level(finished):
     assert torch.equal(swept[0], low[0]) and torch.equal(swept[2], high[0])
 
 
+def test_the_readmes_lines_for_notebooks_run_as_they_stand(finished):
+    where, _ = finished
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    said = re.search(r"# (\(.*?\)) indices, (\(.*?\)) in", block).groups()
+    code = block.replace("runs/NAME", "out")
+    assert code != block and "\n\n" in code and len(code.split("\n")) <= 6
+    code += (
+        "print(tuple(maps.shape), tuple(brains.shape), brains.min() >= 0, brains.max() <= 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=where, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.split(" tensor")[0] == " ".join(said), done.stderr
+    assert done.stdout.count("tensor(True)") == 2
+
+
 def test_a_gif_goes_there_and_back(tmp_path):
     images = torch.linspace(0, 1, 5)[:, None, None, None].expand(-1, 1, 256, 256)
     predict.write_strip(tmp_path, images, list("abcde"), "")
