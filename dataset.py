@@ -6,6 +6,7 @@ made once per source and kept in the cache. Says what was found, and stops (exit
 data would make a score wrong. Knows nothing of models.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,7 +24,7 @@ import torch
 import embedded
 from config import Config, Exit, UserError
 from decoding import SIDE, Unreadable, peak_16bit, read_file
-from runtime import progress, replacing, say, warn, write_json, write_npy_header
+from runtime import is_orphan, progress, replacing, say, warn, write_json, write_npy_header
 from sources import LAYOUTS, PARTS, Item, assign_parts, find, printable, stable_hash
 
 CACHE_FORMAT = 1  # raise it when the same files would decode to other pixels
@@ -86,6 +87,7 @@ def open_data(config: Config) -> Data:
 
     Raises UserError: exit 3 if the data are unusable, 7 if the cache cannot be written.
     """
+    _remove_stale(Path(config.cache))
     return _open_folder(config) if config.data else _open_embedded(config)
 
 
@@ -274,6 +276,8 @@ def _survey(item: Item) -> tuple[str, int]:
     digest = hashlib.blake2b(digest_size=16)
     try:
         for path in item.files:
+            if not os.path.isfile(path):  # a device may have no end
+                raise OSError(f"{path} is no file")
             with open(path, "rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
@@ -346,19 +350,24 @@ def _cache_file(config: Config, fingerprint: str) -> Path:
 
 
 def _prepare(path: Path):
-    """Make the cache folder and clear what a killed process left in it an hour ago or more.
-
-    Younger temporaries may belong to another run that fills the same cache now.
-    """
+    """Make the cache folder."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for stale in path.glob(".*.tmp*"):
-            if stale.stat().st_mtime < time.time() - 3600:
-                stale.unlink(missing_ok=True)
     except OSError as problem:
         raise UserError(
             Exit.WRITE, f"cannot make the cache {path}: {problem.strerror}"
         ) from None
+
+
+def _remove_stale(cache: Path):
+    """Clear what a killed process left in the cache; another run may be filling it now.
+
+    Whether a process of another machine still runs nobody knows here: it has an hour.
+    """
+    for stale in cache.glob(".*.tmp*"):
+        with contextlib.suppress(OSError):  # gone by now, or a cache that is only read
+            if is_orphan(stale) or stale.stat().st_mtime < time.time() - 3600:
+                stale.unlink()
 
 
 def _pooled(jobs: list, work: Callable, label: str) -> Iterator:

@@ -5,9 +5,12 @@ file says how it lies. Nothing is decoded before its header claims a sensible si
 damaged is let through because a decoder was patient. Knows nothing of subjects and splits.
 """
 
+import contextlib
 import gzip
+import math
 import re
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -18,8 +21,13 @@ from config import Exit, UserError
 
 SIDE = 256
 MIN_BRAIN = 0.15  # share of a slice: below, it shows too little to be worth learning
-MAX_PIXELS = 2**26  # of one image
-MAX_VOXELS = 2**28  # of one volume
+# What one file may claim. Decoding takes up to 40 bytes a pixel and 14 a voxel, and several
+# threads decode at once, but only one of them something LARGE: less than 1 GB in all.
+MAX_PIXELS = 2**24
+MAX_VOXELS = 2**26
+MAX_BYTES = 2**28  # of an image's file, or of a volume's voxels as they are stored
+LARGE = 2**23  # voxels, or a fourth as many pixels; an OASIS volume is smaller
+_large = threading.Lock()
 IMAGES = (".png", ".jpg", ".jpeg")
 VOLUMES = (".nii", ".nii.gz", ".hdr")
 T88 = re.compile(r"_t88_[^/]*\.(hdr|img)$", re.I)  # OASIS-1: the orientation is known
@@ -44,6 +52,11 @@ def read_file(path: Path, slices: int, axis: int, peak: int, greys: set[int]) ->
     if len(greys) <= 8:
         greys.update(np.unique(stack).tolist())
     return np.stack([letterbox(image, spacing_mm) for image in stack])
+
+
+def _turn(pixels: int = 0, voxels: int = 0):
+    """A context in which something of this size may be decoded."""
+    return _large if max(4 * pixels, voxels) > LARGE else contextlib.nullcontext()
 
 
 def letterbox(image: np.ndarray, spacing_mm: tuple[float, float] | None = None) -> np.ndarray:
@@ -73,15 +86,16 @@ def letterbox(image: np.ndarray, spacing_mm: tuple[float, float] | None = None) 
 def read_image(blob: bytes, peak: int = 0) -> np.ndarray:
     """Grey image uint8 (H,W) from the bytes of a PNG or JPEG. Raises Unreadable."""
     if blob.startswith(b"\x89PNG\r\n\x1a\n"):
-        rotated = b"eXIf" in _check_png(blob)
+        pixels, kinds = _check_png(blob)
         # UNCHANGED keeps 16 bits and transparency, but never turns an image as its EXIF says.
-        flags = cv2.IMREAD_ANYDEPTH if rotated else cv2.IMREAD_UNCHANGED
+        flags = cv2.IMREAD_ANYDEPTH if b"eXIf" in kinds else cv2.IMREAD_UNCHANGED
     elif blob.startswith(b"\xff\xd8"):
-        _check_jpeg(blob)
+        pixels = _check_jpeg(blob)
         flags = cv2.IMREAD_GRAYSCALE
     else:
         raise Unreadable("empty file" if not blob else "neither PNG nor JPEG inside")
-    return _to_8bit(_to_grey(_imdecode(blob, flags)), peak)
+    with _turn(pixels):
+        return _to_8bit(_to_grey(_imdecode(blob, flags)), peak)
 
 
 def _imdecode(blob: bytes, flags: int) -> np.ndarray:
@@ -98,11 +112,11 @@ def peak_16bit(path: Path) -> int:
     """Largest value of a 16-bit PNG; 0 for any other file. Raises Unreadable."""
     with open(path, "rb") as file:
         head = file.read(26)
-        if head[:4] != b"\x89PNG" or len(head) < 26 or head[24] != 16:
-            return 0
-        blob = head + file.read()
-    _check_png(blob)
-    return int(_to_grey(_imdecode(blob, cv2.IMREAD_UNCHANGED)).max())
+    if head[:4] != b"\x89PNG" or len(head) < 26 or head[24] != 16:
+        return 0
+    blob = _bytes(path)
+    with _turn(_check_png(blob)[0]):
+        return int(_to_grey(_imdecode(blob, cv2.IMREAD_UNCHANGED)).max())
 
 
 def _to_grey(pixels: np.ndarray) -> np.ndarray:
@@ -128,28 +142,33 @@ def _to_8bit(grey: np.ndarray, peak: int) -> np.ndarray:
     return np.rint(grey * (255 / (2**bits - 1))).astype(np.uint8)
 
 
-def _check_png(blob: bytes) -> set[bytes]:
-    """Kinds of chunks of a whole PNG: decoders fill what is missing or wrong with something."""
-    kinds, at = set(), 8
+def _check_png(blob: bytes) -> tuple[int, set[bytes]]:
+    """Number of pixels and kinds of chunks of a whole PNG.
+
+    Decoders fill what is missing or wrong with something.
+    """
+    kinds, at, pixels = set(), 8, 0
     while at + 12 <= len(blob):
         length, kind = struct.unpack_from(">I4s", blob, at)
         if at + 12 + length > len(blob):
             break
-        if kind == b"IHDR":
-            _check_size(*struct.unpack_from(">II", blob, at + 8))
+        if (kind == b"IHDR") != (at == 8) or (at == 8 and length != 13):
+            raise Unreadable("a PNG without a header where it should be")
+        if at == 8:
+            pixels = _check_size(*struct.unpack_from(">II", blob, at + 8))
         (crc,) = struct.unpack_from(">I", blob, at + 8 + length)
         if zlib.crc32(memoryview(blob)[at + 4 : at + 8 + length]) != crc:
             raise Unreadable(f"checksum of its {kind.decode('latin-1')} chunk is wrong")
         kinds.add(kind)
         if kind == b"IEND":
-            return kinds
+            return pixels, kinds
         at += 12 + length
     raise Unreadable("truncated PNG")
 
 
-def _check_jpeg(blob: bytes):
-    """Walk the segments up to the pixels: size, then the end marker behind them."""
-    at = 2
+def _check_jpeg(blob: bytes) -> int:
+    """Number of pixels. Walks the segments up to them, then looks for the end marker."""
+    at, pixels = 2, 0
     while at + 4 <= len(blob) and blob[at] == 0xFF:
         marker = blob[at + 1]
         if marker == 0xFF:  # fill byte
@@ -160,22 +179,25 @@ def _check_jpeg(blob: bytes):
             and marker not in (0xC4, 0xC8, 0xCC)
             and at + 9 <= len(blob)
         ):
-            _check_size(*struct.unpack_from(">HH", blob, at + 5))
+            pixels = max(pixels, _check_size(*struct.unpack_from(">HH", blob, at + 5)))
         if marker == 0xDA:  # the end marker cannot occur inside the pixels
             if blob.find(b"\xff\xd9", at) < 0:
                 break
-            return
+            return pixels
         at += 2 + struct.unpack_from(">H", blob, at + 2)[0]
     raise Unreadable("truncated JPEG")
 
 
-def _check_size(first: int, second: int):
+def _check_size(first: int, second: int) -> int:
     if not 0 < first * second <= MAX_PIXELS:
         raise Unreadable(f"its header claims {first} x {second} pixels")
+    return first * second
 
 
 def _bytes(path: Path) -> bytes:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            raise Unreadable(f"{path.stat().st_size:,} bytes are too many for an image")
         return path.read_bytes()
     except OSError as problem:
         raise Unreadable(problem.strerror or str(problem)) from None
@@ -186,11 +208,13 @@ def _bytes(path: Path) -> bytes:
 
 def _volume_slices(path: Path, slices: int, axis: int):
     """Slices uint8 (n,H,W) of a volume, and the height and width of a pixel in mm."""
-    voxels, sizes_mm = _load_volume(path, axis)
-    # (X,Y,Z) -> Z images, whose rows begin at the front and columns at the patient's right
-    stack = window(voxels).transpose(2, 1, 0)[:, ::-1, ::-1]
-    if len(stack) > 1:
-        stack = stack[_spread(stack, slices)]
+    image = _open_volume(path)
+    with _turn(voxels=math.prod(image.shape)):
+        voxels, sizes_mm = _load_volume(path, image, axis)
+        # (X,Y,Z) -> Z images, whose rows begin at the front and columns at the patient's right
+        stack = window(voxels).transpose(2, 1, 0)[:, ::-1, ::-1]
+        if len(stack) > 1:
+            stack = stack[_spread(stack, slices)]
     return stack, (sizes_mm[1], sizes_mm[0])
 
 
@@ -199,13 +223,16 @@ def window(voxels: np.ndarray) -> np.ndarray:
 
     Over the volume, not the slice: else brightness would depend on height.
     """
-    finite = np.isfinite(voxels)
-    signal = voxels[finite & (voxels > 0)]
-    low, high = np.percentile(signal, (0.5, 99.5)).tolist() if signal.size else (0, 0)
-    if not high > low:
+    signal = voxels[np.isfinite(voxels) & (voxels > 0)]
+    ends = np.percentile(signal, (0.5, 99.5), overwrite_input=True) if signal.size else (0, 0)
+    low, high = map(float, ends)
+    if not high - low > 1e-30:  # float32 has nothing to tell below
         raise Unreadable("a constant volume" if signal.size else "a volume without any signal")
-    scaled = (np.where(finite, voxels, 0) - low) * (255 / (high - low))
-    return np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+    levels = np.empty(voxels.shape, np.uint8)
+    for part, out in zip(voxels, levels, strict=True):  # all at once it would take 4 copies
+        scaled = (np.where(np.isfinite(part), part, 0) - low) * (255 / (high - low))
+        out[:] = np.rint(np.clip(scaled, 0, 255))
+    return levels
 
 
 def _spread(stack: np.ndarray, slices: int) -> np.ndarray:
@@ -215,17 +242,24 @@ def _spread(stack: np.ndarray, slices: int) -> np.ndarray:
     return np.unique(np.rint(np.linspace(enough[0], enough[-1], slices)).astype(int))
 
 
-def _load_volume(path: Path, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels float32 (X,Y,Z), growing to right, anterior, superior, and their sizes in mm."""
+def _open_volume(path: Path):
+    """nibabel's image, of which only the header has been read. Raises Unreadable."""
     import nibabel
 
     # nibabel parses headers of a dozen formats and raises almost anything on a damaged one.
     try:
         image = nibabel.load(path)
-        shape = image.shape
+        shape, kind = image.shape, image.get_data_dtype()
     except Exception as problem:
         raise Unreadable(f"not a volume ({_line(problem)})") from None
-    _check_shape(shape)
+    _check_shape(shape, kind)
+    return image
+
+
+def _load_volume(path: Path, image, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels float32 (X,Y,Z), growing to right, anterior, superior, and their sizes in mm."""
+    import nibabel
+
     # nibabel knows no orientation of plain Analyze files, and assumes that of T88 files.
     known = isinstance(image, nibabel.Nifti1Pair) or T88.search(path.name)
     if not known and axis < 0:
@@ -236,10 +270,12 @@ def _load_volume(path: Path, axis: int) -> tuple[np.ndarray, np.ndarray]:
         )
     try:
         _check_gzip(path)
-        voxels = _float32(image).reshape([*shape, 1][:3])
+        voxels = _float32(image).reshape([*image.shape, 1][:3])
         turn = nibabel.io_orientation(image.affine) if known else _along(axis)
         voxels = nibabel.apply_orientation(voxels, turn)
         sizes_mm = nibabel.affines.voxel_sizes(image.affine)[np.argsort(turn[:, 0])]
+    except MemoryError:  # no fault of the file
+        raise
     except Exception as problem:
         raise Unreadable(f"damaged volume ({_line(problem)})") from None
     sizes_mm = np.where(np.isfinite(sizes_mm) & (sizes_mm > 0), sizes_mm, 1.0)
@@ -248,10 +284,7 @@ def _load_volume(path: Path, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _float32(image) -> np.ndarray:
     """All voxels, in this machine's byte order (torch refuses any other)."""
-    voxels = np.asanyarray(image.dataobj)  # get_fdata would make them float64
-    if voxels.dtype.kind not in "biuf":
-        raise ValueError(f"voxels of type {voxels.dtype}, not plain numbers")
-    return voxels.astype(np.float32)
+    return np.asanyarray(image.dataobj).astype(np.float32)  # get_fdata would make float64
 
 
 def _along(axis: int) -> np.ndarray:
@@ -260,11 +293,19 @@ def _along(axis: int) -> np.ndarray:
     return np.array([[order.index(k), 1] for k in range(3)], float)
 
 
-def _check_shape(shape: tuple[int, ...]):
-    if len(shape) < 2 or min(shape) < 1 or np.prod(shape, dtype=float) > MAX_VOXELS:
-        raise Unreadable(f"its header claims {' x '.join(map(str, shape))} voxels")
+def _check_shape(shape: tuple[int, ...], kind: np.dtype):
+    count, shown = math.prod(shape), " x ".join(map(str, shape))
+    if kind.kind not in "biuf":
+        raise Unreadable(f"voxels of type {kind}, not plain numbers")
     if any(n > 1 for n in shape[3:]):
-        raise Unreadable(f"a series of volumes, {' x '.join(map(str, shape))}: give one volume")
+        raise Unreadable(f"a series of volumes, {shown}: give one volume")
+    if (
+        len(shape) < 2
+        or min(shape) < 1
+        or count > MAX_VOXELS
+        or count * kind.itemsize > MAX_BYTES
+    ):
+        raise Unreadable(f"its header claims {shown} voxels of {kind.itemsize} bytes")
 
 
 def _flat_last(voxels: np.ndarray, sizes_mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +322,8 @@ def _check_gzip(path: Path):
     if path.name.lower().endswith(".gz"):
         with gzip.open(path) as stream:
             while stream.read(2**20):
-                pass
+                if stream.tell() > 2 * MAX_BYTES:
+                    raise ValueError("more bytes than a volume may have")
 
 
 def _line(problem: Exception) -> str:

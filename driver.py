@@ -86,21 +86,15 @@ def finished(folder: Path, seed: int, metrics: dict | None = None) -> dict:
         if not path.exists():
             return diverged(folder, seed) or {"status": "unfinished"}
         metrics = runtime.read_json(path)
-    g, r = metrics["generation"], metrics["reconstruction"]
-    return {
-        "status": "done",
-        "validation": {SCORE: g[SCORE]["generated"]},
-        "test": {
-            "ssim": r["ssim"]["mean"],
-            "ssim_in_brain": r["ssim_in_brain"]["mean"],
-            "psnr_db": r["psnr_db"]["mean"],
-            "fd_test": g["fd_test"]["generated"],
-            "fd_train": g["fd_train"]["generated"],
-            "coverage": g["coverage"]["generated"],
-            "recall": g["recall"]["generated"],
-            "ms_ssim_of_pairs": g["ms_ssim_of_pairs"]["generated"],
-        },
-    }
+    with runtime.reading(path):
+        r, g = (metrics[name] for name in ("reconstruction", "generation"))
+        test = {name: r[name]["mean"] for name in ("ssim", "ssim_in_brain", "psnr_db")}
+        names = ("fd_test", "fd_train", "coverage", "recall", "ms_ssim_of_pairs")
+        test |= {name: g[name]["generated"] for name in names}
+        validation = {SCORE: g[SCORE]["generated"]}
+        if not all(map(math.isfinite, [*test.values(), *validation.values()])):
+            return {"status": "diverged", "why": "a score is not finite"}
+    return {"status": "done", "validation": validation, "test": test}
 
 
 def ranks(results: dict[int, dict]) -> dict[int, int]:

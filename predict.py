@@ -122,6 +122,7 @@ import runtime
 import sharing
 from dataset import Data, evenly, open_data, read_slices
 from evaluation import Scorer, evaluate, parts_of, table
+from train import code_map_of
 
 # --- a finished run -----------------------------------------------------------------------
 
@@ -239,14 +240,15 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
         runtime.load_weights(network, parts[name], folder / file)
         network.to(where).eval().requires_grad_(False)
     codes = parts["codes"]
-    code_map = modules.CodeMap(codes["used"], codes["points"], config.codes).to(where)
+    file = sharing.WEIGHTS if exported else f"{BEST['codes']}.pt"
+    code_map = code_map_of(codes, config, folder / file).to(where)
     return TrainedRun(
         folder, config, seed, saved["data"], stamp, where, **networks, code_map=code_map,
-        levels=codes["levels"], counts=codes["counts"],
+        levels=codes["levels"], counts=codes["counts"]["train"],
     )  # fmt: skip
 
 
-def load_checkpoints(folder: Path, mine: dict) -> dict[str, dict[str, Tensor]]:
+def load_checkpoints(folder: Path, mine: dict) -> dict[str, dict]:
     """The best weights of a seed's folder, as `sharing.load`. Raises UserError (exit 4)."""
     paths = {name: folder / f"{name}.pt" for name in BEST.values()}
     values = {
@@ -257,15 +259,13 @@ def load_checkpoints(folder: Path, mine: dict) -> dict[str, dict[str, Tensor]]:
         ("codes", "vqvae", "vqvae_best"),
         ("dcgan_best", "codes", "codes"),
     ):
-        if values[name].get(link) != runtime.checksum(paths[target]):
-            raise UserError(
-                Exit.CHECKPOINT, f"{paths[name]} was made with another {paths[target].name}"
-            )
-    codes = values["codes"]
+        with runtime.reading(paths[name]):
+            if values[name][link] != runtime.checksum(paths[target]):
+                raise ValueError(f"made with another {paths[target].name}")
     return {
         "vqvae": values["vqvae_best"].get("model"),
         "generator": values["dcgan_best"].get("generator"),
-        "codes": codes | {"counts": codes["counts"]["train"]},
+        "codes": values["codes"],
     }
 
 

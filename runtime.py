@@ -66,15 +66,17 @@ def warn(message: str):
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
     """Append every message to the file `path` (UTF-8) as well."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        _open_logs.append(file)
-        try:
-            yield
-        except Exception:
-            log(traceback.format_exc())
-            raise
-        finally:
-            _open_logs.remove(file)
+    file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    _open_logs.append(file)
+    try:
+        yield
+    except Exception:
+        log(traceback.format_exc())
+        raise
+    finally:
+        _open_logs.remove(file)
+        with contextlib.suppress(OSError):  # of a full disk, as in `log`
+            file.close()
 
 
 class Progress:
@@ -173,7 +175,14 @@ def run_script(main: Callable[[], None]):
     with contextlib.suppress(AttributeError):  # an ASCII terminal prints '?', not a traceback
         sys.stdout.reconfigure(errors="replace")
         sys.stderr.reconfigure(errors="replace")
-    sys.exit(int(_ending(main)))
+    code = int(_ending(main))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:  # full or closed: Python would make the exit code 120 of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def _terminated(signum, frame):
@@ -212,22 +221,23 @@ def _ending(main) -> Exit:
         return _fail(Exit.DIVERGED, f"{problem}; nothing was written")
     except KeyboardInterrupt:
         return _fail(Exit.INTERRUPTED, "interrupted")
-    except (torch.OutOfMemoryError, MemoryError) as problem:
-        return _fail(Exit.MEMORY, f"out of memory ({problem}); try half of --batch-size")
     except OSError as problem:
         if problem.errno in UNWRITABLE:
-            return _fail(
-                Exit.WRITE,
-                f"cannot write {problem.filename or ''}: {problem.strerror}; make "
-                "room, or choose another --out",
-            )
+            where = f"cannot write {problem.filename or ''}: {problem.strerror}"
+            return _fail(Exit.WRITE, f"{where}; make room or choose another --out")
         return _bug()
-    except RuntimeError as problem:
-        if "can't allocate memory" in str(problem) or "out of memory" in str(problem):
-            return _fail(Exit.MEMORY, "out of memory; try half of --batch-size")
+    except Exception as problem:
+        if is_out_of_memory(problem):
+            return _fail(Exit.MEMORY, f"out of memory ({problem}); give less at a time")
         return _bug()
-    except Exception:
-        return _bug()
+
+
+def is_out_of_memory(problem: Exception) -> bool:
+    """torch has an error of its own for a GPU, and a RuntimeError for everything else."""
+    words = ("can't allocate memory", "out of memory", "bad_alloc", "Insufficient memory")
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or any(
+        word in str(problem) for word in words
+    )
 
 
 def _fail(code: Exit, message: str) -> Exit:
@@ -311,7 +321,7 @@ def replacing(path: Path) -> Iterator[Path]:
     if the disk is full or not writable.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}@{socket.gethostname()}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -354,6 +364,20 @@ def remove_temporaries(folder: Path):
         stale.unlink(missing_ok=True)
 
 
+def is_orphan(temporary: Path) -> bool:
+    """Whether the process that began this file of `replacing` ran here and has ended."""
+    pid, _, host = temporary.name.rpartition(".tmp")[2].partition("@")
+    if os.name != "posix" or host != socket.gethostname() or not pid.isdecimal():
+        return False
+    try:
+        os.kill(int(pid), 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def write_npy_header(file, dtype, shape: tuple[int, ...]):
     """Begin a .npy file that is written part by part, never sparse: a full disk is an error."""
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
@@ -366,15 +390,19 @@ def write_text(path: Path, text: str):
 
 
 def write_json(path: Path, values: dict):
-    """Strict JSON: a NaN in it would be a wrong score, and is a ValueError."""
-    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+    """Strict JSON: a NaN in it would be a wrong score, and is a FloatingPointError."""
+    try:
+        text = json.dumps(values, indent=2, allow_nan=False)
+    except ValueError:
+        raise FloatingPointError(f"{path}: a score is not finite") from None
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> dict:
     """Raises UserError (exit 4) if `path` is missing or is not a JSON object."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise UserError(Exit.CHECKPOINT, f"{path}: {problem}; is this a run folder?") from None
     if not isinstance(values, dict):
         raise UserError(Exit.CHECKPOINT, f"{path}: not a JSON object; is this a run folder?")
@@ -407,8 +435,9 @@ class Log:
         """All whole rows; numbers as float, empty cells as None."""
         if not self.path.exists():
             return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            rows = [self._parsed(row) for row in csv.DictReader(file)]
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        whole = text[: text.rfind("\n") + 1]  # half of a last number would be a number, too
+        rows = [self._parsed(row) for row in csv.DictReader(io.StringIO(whole))]
         return [row for row in rows if row is not None]
 
     def _parsed(self, row: dict) -> dict | None:
@@ -449,20 +478,24 @@ def save_checkpoint(path: Path, values: dict, keep_previous: bool = False):
     """Write a dict of tensors and plain types so that `path` is whole at every moment.
 
     keep_previous: the file that was there becomes `<stem>_prev.pt`.
-    Raises UserError: exit 6 if a tensor is not finite, 7 if it cannot be written.
+    Raises UserError: exit 6 if a number is not finite, 7 if it cannot be written.
     """
-    for name, tensor in _tensors(values):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(
-                Exit.DIVERGED,
-                f"{path.name}: {name} is not finite; the last checkpoint is intact",
-            )
+    if name := _not_finite(values):
+        raise UserError(
+            Exit.DIVERGED, f"{path.name}: {name} is not finite; the last checkpoint is intact"
+        )
     buffer = io.BytesIO()
     torch.save({"format": FORMAT} | values, buffer)
     try:
         with replacing(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-            _check_zip(temporary)
+            with open(temporary, "wb") as file:
+                file.write(buffer.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())  # before the old one is renamed
+            try:
+                _check_zip(temporary)
+            except (ValueError, zipfile.BadZipFile):
+                raise OSError(errno.EIO, "what was written reads back damaged") from None
             if keep_previous and path.exists():
                 os.replace(path, previous_of(path))
     except UserError as problem:
@@ -484,6 +517,8 @@ def load_checkpoint(path: Path, **expected) -> dict:
     try:
         _check_zip(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
+        name = _not_finite(values)
+        wrong = _other_values(values, expected)
     except FileNotFoundError:
         raise UserError(
             Exit.CHECKPOINT,
@@ -494,17 +529,19 @@ def load_checkpoint(path: Path, **expected) -> dict:
         if "weights" in reason.lower():
             reason = "it holds more than tensors and plain values"
         raise UserError(Exit.CHECKPOINT, f"{path}: not a usable checkpoint: {reason}") from None
+    if wrong or name:
+        raise UserError(Exit.CHECKPOINT, f"{path}: {wrong or f'{name} is not finite'}")
+    return values
+
+
+def _other_values(values, expected: dict) -> str:
+    """In what a checkpoint differs from what is wanted; "" if in nothing."""
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise UserError(Exit.CHECKPOINT, f"{path}: not a checkpoint of this version")
+        return "not a checkpoint of this version"
     for name, value in expected.items():
         if values.get(name) != value:
-            raise UserError(
-                Exit.CHECKPOINT, f"{path}: {name} is {_differing(values.get(name), value)}"
-            )
-    for name, tensor in _tensors(values):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(Exit.CHECKPOINT, f"{path}: {name} is not finite")
-    return values
+            return f"{name} is {_differing(values.get(name), value)}"
+    return ""
 
 
 def load_last(path: Path, **expected) -> dict | None:
@@ -541,12 +578,22 @@ def load_last(path: Path, **expected) -> dict | None:
 
 def load_weights(module: torch.nn.Module, state: dict, path: Path) -> torch.nn.Module:
     """`load_state_dict` whose failure is exit 4 and names the file; returns the module."""
-    try:
+    with reading(path):
         module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError, KeyError, ValueError) as problem:
-        reason = " ".join(str(problem).split())[:160]
-        raise UserError(Exit.CHECKPOINT, f"{path}: other architecture: {reason}") from None
     return module
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """A checkpoint of the right kind may still lack a part, or hold another one: exit 4."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as problem:
+        lacks = "it lacks " if isinstance(problem, KeyError) else ""
+        reason = lacks + " ".join(str(problem).split())[:160]
+        raise UserError(
+            Exit.CHECKPOINT, f"{path}: what it holds does not fit: {reason}"
+        ) from None
 
 
 def checksum(path: Path) -> int:
@@ -564,15 +611,21 @@ def checksum(path: Path) -> int:
 
 
 def _check_zip(path: Path):
-    """torch.load takes a flipped byte for granted; the zip container has checksums."""
+    """torch.load takes a flipped byte for granted; the zip container has checksums.
+
+    Parts that together are larger than the file would fill the memory.
+    """
     with zipfile.ZipFile(path) as archive:
+        if sum(part.file_size for part in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its parts claim more bytes than it has")
         bad = archive.testzip()
     if bad is not None:
         raise ValueError(f"checksum of {bad} is wrong")
 
 
-def _tensors(values, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(values, torch.Tensor):
+def _tensors(values, name: str = "") -> Iterator[tuple[str, torch.Tensor | float]]:
+    """Every tensor and float in nested dicts, lists and tuples, with its path."""
+    if isinstance(values, torch.Tensor | float):
         yield name, values
     elif isinstance(values, dict):
         for key, value in values.items():
@@ -580,6 +633,20 @@ def _tensors(values, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(values, list | tuple):
         for i, value in enumerate(values):
             yield from _tensors(value, f"{name}[{i}]")
+
+
+def _not_finite(values) -> str:
+    """The path of the first number that is not finite; "" if all are.
+
+    Raises ValueError for a tensor that claims more numbers than are stored.
+    """
+    for name, value in _tensors(values):
+        value = torch.as_tensor(value)
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name} claims more numbers than it has")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            return name
+    return ""
 
 
 def _differing(found, wanted) -> str:

@@ -64,7 +64,7 @@ def states_of(run) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def load(folder: Path) -> dict[str, dict[str, Tensor]]:
+def load(folder: Path) -> dict[str, dict]:
     """The inverse: {"vqvae", "generator", "codes"} -> name -> tensor.
 
     Raises UserError (exit 4) unless the file is whole and the one that config.json speaks of.
@@ -82,6 +82,7 @@ def load(folder: Path) -> dict[str, dict[str, Tensor]]:
     tensors = [tensor for part in parts.values() for tensor in part.values()]
     if set(parts["codes"]) != CODES or not all(t.isfinite().all() for t in tensors):
         raise UserError(Exit.CHECKPOINT, f"{path}: not an export, or it holds infinite numbers")
+    parts["codes"]["counts"] = {"train": parts["codes"]["counts"]}  # as codes.pt has it
     return parts
 
 

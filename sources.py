@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
             problem += ": unpack it, and give the folder"
         raise UserError(Exit.DATA, f"--data {printable(root)} {problem}; {LAYOUTS}")
     ignored, sessions = Counter(), set()
-    names = sorted(_walk(root, ignored, sessions), key=_natural)
+    names = sorted(sorted(_walk(root, ignored, sessions)), key=_natural)  # ties: z1, z01
     names, kind = _choose(names, ignored)
     if not names:
         there = ", ".join(f"{n:,} {kind}" for kind, n in ignored.items()) or "nothing"
@@ -123,7 +124,11 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
     while folders:
         folder, is_segmentation = folders.pop()
         place = root / folder
-        status = place.stat()
+        try:
+            status = place.stat()
+        except OSError:  # a path that is too long, or gone
+            ignored["unreadable folders"] += 1
+            continue
         if (status.st_dev, status.st_ino) in seen:  # a loop of symbolic links
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -138,6 +143,8 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
             elif not entry.name.lower().endswith(IMAGES + VOLUMES):
                 if not entry.name.lower().endswith(".img"):  # counted with its .hdr
                     ignored[f"{Path(entry.name).suffix.lower() or 'other'} files"] += 1
+            elif _is_device(entry):  # a pipe would be waited for forever
+                ignored["devices and pipes"] += 1
             elif segmentation:
                 ignored["segmentations"] += 1
             else:
@@ -151,12 +158,19 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
+def _is_device(entry: os.DirEntry) -> bool:
+    try:
+        return not stat.S_ISREG(entry.stat().st_mode)
+    except OSError:  # a link to nowhere: as a file that cannot be read
+        return False
+
+
 def _entries(folder: Path, ignored: Counter) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)
-    except PermissionError:
-        ignored["folders without permission"] += 1
+    except OSError:
+        ignored["unreadable folders"] += 1
         return []
 
 

@@ -111,11 +111,12 @@ class Stage:
         if values is None:
             self.run.log.keep(self.name, -1)
             return
-        for name, part in self.parts.items():
-            runtime.load_weights(part, values["parts"][name], self.last)
-        for name in ("nimg", "best", "seconds", "row_seconds"):
-            setattr(self, name, values[name])
-        self.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
+        with runtime.reading(self.last):
+            for name, part in self.parts.items():
+                part.load_state_dict(values["parts"][name])
+            for name in ("nimg", "best", "seconds", "row_seconds"):
+                setattr(self, name, values[name])
+            self.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
         self.run.log.keep(self.name, self.nimg)
         if not self.done:
             runtime.say(f"{self.name}: continuing at {self.nimg} images seen")
@@ -405,10 +406,11 @@ def codes_are_current(run: Run, weights: int) -> bool:
         return False
     try:
         values = runtime.load_checkpoint(path, stage="codes", **run.fingerprint())
+        with runtime.reading(path):
+            return values["vqvae"] == weights and values["maps"] == runtime.checksum(maps)
     except UserError as problem:
         runtime.warn(f"{problem}; extracting the index maps anew")
         return False
-    return values["vqvae"] == weights and values["maps"] == runtime.checksum(maps)
 
 
 def splits(run: Run) -> list[tuple[str, BrainSlices]]:
@@ -443,6 +445,21 @@ def level_table(levels: np.ndarray) -> Tensor:
 # --- stage 3: DCGAN -----------------------------------------------------------------------
 
 
+def code_map_of(values: dict, config: Config, path: Path) -> CodeMap:
+    """The code map of codes.pt. Raises UserError (exit 4) unless it fits the configuration."""
+    with runtime.reading(path):
+        code_map = CodeMap(values["used"], values["points"], config.codes)
+        U, levels = len(code_map.used), values["levels"]
+        whole = U == (code_map.rank >= 0).sum() > 0
+        if not whole or values["counts"]["train"].shape != (config.codes,):
+            raise ValueError("its codes are not those of the codebook")
+        if not code_map.even and code_map.points.shape != (U, config.map_channels):
+            raise ValueError("a code has no place for each channel")
+        if levels.ndim != 1 or not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError("its slice levels are not from 0 to 1")
+        return code_map
+
+
 class Gan:
     """Both networks, the generator's average, their optimisers, and the maps they learn."""
 
@@ -451,16 +468,12 @@ class Gan:
         values = runtime.load_checkpoint(
             run.path("codes.pt"), stage="codes", **run.fingerprint()
         )
-        self.code_map = CodeMap(values["used"], values["points"], config.codes).to(run.device)
-        if values["vqvae"] != runtime.checksum(run.path("vqvae_best.pt")):
-            raise UserError(
-                Exit.CHECKPOINT, f"{run.path('codes.pt')} is of another vqvae_best.pt; "
-                "run --stage codes again",
-            )  # fmt: skip
-        if values["maps"] != runtime.checksum(run.path("codes.npy")):
-            raise UserError(
-                Exit.CHECKPOINT, f"{run.path('codes.npy')} is damaged; run --stage codes again"
-            )
+        self.code_map = code_map_of(values, config, run.path("codes.pt")).to(run.device)
+        with runtime.reading(run.path("codes.pt")):
+            if values["vqvae"] != runtime.checksum(run.path("vqvae_best.pt")):
+                raise ValueError("of another vqvae_best.pt; run --stage codes again")
+            if values["maps"] != runtime.checksum(run.path("codes.npy")):
+                raise ValueError("of another codes.npy; run --stage codes again")
         self.maps = np.load(run.path("codes.npy"), mmap_mode="r")
         self.levels = torch.from_numpy(run.data.train.levels)
         self.level_table = values["levels"]
@@ -668,8 +681,10 @@ def run_stages(run: Run, names):
             try:
                 STAGES[name](run)
                 runtime.release_memory()
-            except (torch.OutOfMemoryError, MemoryError):
-                flag = "gan_batch_size" if name == "dcgan" else "batch_size"
+            except Exception as problem:
+                flag = {"vqvae": "batch_size", "dcgan": "gan_batch_size"}.get(name)
+                if flag is None or not runtime.is_out_of_memory(problem):
+                    raise
                 half = max(1, getattr(run.config, flag) // 2)
                 raise UserError(
                     Exit.MEMORY,

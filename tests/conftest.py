@@ -1,0 +1,52 @@
+"""What several test files share: scripts as processes, a tiny data set, its finished run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--codes", "16", "--widths", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.08",
+    "--gan-widths", "4", "4", "--gan-batch-size", "8", "--gan-kimg", "0.08", "--samples", "8",
+]  # fmt: skip
+
+
+def script(name, *arguments, cwd, timeout=120, **env):
+    return subprocess.run(
+        [sys.executable, str(ROOT / name), *map(str, arguments)],
+        cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def slices(tmp_path_factory):
+    """The course's layout: 24 + 4 + 4 cases of 4 slices, under a name with a space and an ä."""
+    root = tmp_path_factory.mktemp("Schnitte ä") / "keras_png_slices_data"
+    draw, case = np.random.default_rng(0), 0
+    for part, cases in (("train", 24), ("validate", 4), ("test", 4)):
+        folder = root / f"keras_png_slices_{part}"
+        folder.mkdir(parents=True)
+        for _ in range(cases):
+            case += 1
+            for k in range(4):
+                image = np.zeros((256, 256), np.uint8)
+                axes = (int(draw.integers(50, 90)), int(draw.integers(70, 110)))
+                cv2.ellipse(image, (128, 128), axes, 0, 0, 360, int(draw.integers(80, 250)), -1)
+                file = folder / f"case_{case:03d}_slice_{k}.nii.png"
+                file.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(slices, tmp_path_factory):
+    """A folder in which `driver.py --out out --runs 2` has run."""
+    where = tmp_path_factory.mktemp("work")
+    done = script("driver.py", "--data", slices, "--out", "out", "--runs", 2, *SMALL, cwd=where)
+    assert done.returncode == 0, done.stderr
+    return where, done
