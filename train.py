@@ -451,7 +451,8 @@ def code_map_of(values: dict, config: Config, path: Path) -> CodeMap:
         code_map = CodeMap(values["used"], values["points"], config.codes)
         U, levels = len(code_map.used), values["levels"]
         whole = U == (code_map.rank >= 0).sum() > 0
-        if not whole or values["counts"]["train"].shape != (config.codes,):
+        counts = dict(values["counts"])["train"]
+        if not whole or counts.shape != (config.codes,):
             raise ValueError("its codes are not those of the codebook")
         if not code_map.even and code_map.points.shape != (U, config.map_channels):
             raise ValueError("a code has no place for each channel")

@@ -16,7 +16,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-def script(name, *arguments, cwd, timeout=120, **env):
+def script(name, *arguments, cwd, timeout=600, **env):
     return subprocess.run(
         [sys.executable, str(ROOT / name), *map(str, arguments)],
         cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8",

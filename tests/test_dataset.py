@@ -420,10 +420,14 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
     )
 
 
-def _raw_png(image: np.ndarray, colour: int, *extra: bytes) -> bytes:
-    head = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, colour, 0, 0, 0)
-    rows = b"".join(b"\0" + row.tobytes() for row in image)
-    chunks = [_chunk(b"IHDR", head), *extra, _chunk(b"IDAT", zlib.compress(rows))]
+def _raw_png(image: np.ndarray, colour: int, *extra: bytes, depth: int = 8) -> bytes:
+    """A PNG of samples (H,W) or (H,W,C) below 2**depth, written by hand."""
+    samples = image.reshape(*image.shape[:2], -1)
+    head = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], depth, colour, 0, 0, 0)
+    bits = np.unpackbits(samples.astype(">u2")[..., None].view(np.uint8), axis=3)
+    rows = np.packbits(bits[..., 16 - depth :].reshape(len(image), -1), axis=1)
+    pixels = b"".join(b"\0" + row.tobytes() for row in rows)
+    chunks = [_chunk(b"IHDR", head), *extra, _chunk(b"IDAT", zlib.compress(pixels))]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + _chunk(b"IEND", b"")
 
 

@@ -188,7 +188,7 @@ def test_the_second_ctrl_c_ends_at_once_and_the_last_checkpoint_is_whole(slices,
     assert running.poll() is None  # the step is being finished
     start = time.monotonic()
     running.send_signal(signal.SIGINT)
-    _, error = running.communicate(timeout=60)
+    _, error = running.communicate(timeout=600)
     assert running.returncode == 130, error
     assert time.monotonic() - start < 5
     last = tmp_path / "out/seed-0/vqvae_last.pt"
@@ -213,7 +213,7 @@ def test_a_signal_while_decoding_ends_with_its_code_and_leaves_no_orphans(slices
         time.sleep(0.05)
     orphans = children_of(running.pid)
     running.send_signal(signal.SIGTERM)
-    _, error = running.communicate(timeout=60)
+    _, error = running.communicate(timeout=600)
     assert running.returncode == 143 and "To continue" in error, error
     assert not [pid for pid in orphans if Path(f"/proc/{pid}").exists()]
     assert not (tmp_path / "out").exists()
@@ -234,7 +234,7 @@ def test_a_full_disk_at_a_checkpoint_is_exit_7_and_the_last_one_is_intact(slices
         "train.Stage.save = save\n"
     )
     running = patched(code, *options, cwd=tmp_path)
-    _, error = running.communicate(timeout=120)
+    _, error = running.communicate(timeout=600)
     assert running.returncode == 7, error
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert "vqvae_last.pt" in line and "MB free" in line and "MB needed" in line
@@ -349,7 +349,7 @@ def test_out_of_memory_is_exit_8_and_says_half_of_the_batch(slices, tmp_path):
     )
     options = ["--data", slices, "--out", "out", "--batch-size", 8192]
     running = patched(code, *options, cwd=tmp_path)
-    _, error = running.communicate(timeout=120)
+    _, error = running.communicate(timeout=600)
     assert running.returncode == 8, error
     assert error.count("\n") == 1 and "--batch-size 4096" in error
 
@@ -481,7 +481,7 @@ def without(values, key):
 
 
 def relink(folder: Path, changed: str):
-    """Make the other files belong to a changed one: what is wrong in it must be found itself."""
+    """Make the other files belong to a changed one, so that its own fault is what is found."""
     links = {"vqvae_best.pt": ("codes.pt", "vqvae"), "codes.pt": ("dcgan_best.pt", "codes")}
     while changed in links:
         file, link = links[changed]
@@ -552,7 +552,7 @@ def poisoned(*given):
 train.reconstruction_loss, train.CHECKPOINT_EVERY_S = poisoned, 0
 """
     running = patched(code, "--data", slices, "--out", "out", cwd=tmp_path)
-    _, error = running.communicate(timeout=120)
+    _, error = running.communicate(timeout=600)
     assert running.returncode == 6 and "Traceback" not in error, error
     for word in ("vqvae diverged", "step 4", "32 images seen", "vqvae_last.pt is from before"):
         assert word in error

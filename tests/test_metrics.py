@@ -139,6 +139,30 @@ def test_ssim_is_symmetric_one_for_copies_and_falls_with_noise(seed, sd):
     assert (metrics.ssim_in_brain(x, worse) < metrics.ssim_in_brain(x, y)).all()
 
 
+@settings(max_examples=5, deadline=None)
+@given(seeds, st.floats(0.01, 0.05))
+def test_ms_ssim_is_symmetric_one_for_copies_and_falls_with_noise(seed, sd):
+    x = blobs(2, seed)
+    y, worse = noisy(x, sd, seed), noisy(x, 3 * sd, seed)
+    torch.testing.assert_close(metrics.ms_ssim(x, y), metrics.ms_ssim(y, x))
+    torch.testing.assert_close(metrics.ms_ssim(x, x), torch.ones(2))
+    assert (metrics.ms_ssim(x, worse) < metrics.ms_ssim(x, y)).all()
+
+
+@few
+@given(seeds, st.floats(0.005, 0.1))
+def test_psnr_is_symmetric_100_for_copies_and_falls_with_noise_in_the_brain_too(seed, sd):
+    x = blobs(2, seed, 64)
+    y, worse = noisy(x, sd, seed), noisy(x, 3 * sd, seed)
+    assert torch.equal(metrics.psnr(x, y), metrics.psnr(y, x))
+    assert (metrics.psnr_in_brain(x, x) == 100).all()
+    assert (metrics.ssim_in_brain(x, x) > 0.99999).all()
+    assert (metrics.psnr_in_brain(x, worse) < metrics.psnr_in_brain(x, y)).all()
+    grainy = (x, noisy(x, 0.1, seed), noisy(x, 0.3, seed))
+    strengths = [metrics.detail_strength(image).mean() for image in grainy]
+    assert strengths[0] < strengths[1] < strengths[2]
+
+
 def test_psnr_by_hand():
     x = torch.zeros(1, 1, 16, 16)
     assert metrics.psnr(x, x + 0.1).item() == pytest.approx(20, abs=1e-4)
@@ -355,6 +379,67 @@ def test_prdc_moves_the_way_its_definitions_say():
         metrics.prdc(real, again[:-1])
 
 
+@few
+@given(seeds, st.integers(2, 8))
+def test_feature_measures_of_a_set_itself_swapped_and_under_growing_noise(seed, f):
+    a, b = normal(150, f, seed), normal(150, f, seed + 1)
+    noise, groups = normal(150, f, seed + 2), np.arange(150) // 5
+    assert metrics.kid(a, b) == pytest.approx(metrics.kid(b, a), abs=1e-9)
+    assert metrics.kid(a, a) < 0 < metrics.kid(a, a + 1)  # unbiased: below 0 for a copy
+    there, back = metrics.prdc(a, b), metrics.prdc(b, a)
+    assert (there["precision"], there["recall"]) == (back["recall"], back["precision"])
+    assert (metrics.distance_to_nearest(a, a) == 0).all()
+    # One set moved ever further by the same noise.
+    worse = [b + step * noise for step in (0, 2, 8)]
+    first, second, third = (metrics.frechet_distance(a, x) for x in worse)
+    assert first < second < third
+    first, second, third = (metrics.kid(a, b + step) for step in (0, 1, 3))
+    assert first < second < third
+    for name in ("precision", "density"):
+        first, second, third = (metrics.prdc(a, x)[name] for x in worse)
+        assert first > second > third
+    first, second, third = (metrics.distance_to_nearest(x, a).mean() for x in worse)
+    assert first < second < third
+    shifted = [metrics.c2st_auc(a, b + step, groups) for step in (0, 1, 4)]
+    assert shifted[0] < shifted[1] < shifted[2] <= 1
+    near = metrics.distance_to_nearest(b, a)
+    copies = [
+        metrics.memorised_share(metrics.distance_to_nearest(a + step * noise, a), near)
+        for step in (0, 1e-3, 0.3, 3)
+    ]
+    assert copies == sorted(copies, reverse=True) and copies[0] == 1 and copies[-1] < 0.2
+
+
+@settings(max_examples=3, deadline=None)
+@given(seeds)
+def test_set_measures_of_images_move_with_growing_noise(seed):
+    x, network = blobs(24, seed, 96), metrics.RandomFeatures()
+    worse = [noisy(x, sd, seed) for sd in (0.0, 0.05, 0.2)]
+    for features in (network.features, network.fine_features):
+        real = features(x)
+        distances = [metrics.frechet_distance(real, features(y)) for y in worse]
+        assert distances[0] < 1e-9 and distances[0] < distances[1] < distances[2]
+    sliced = [metrics.sliced_wasserstein(x, y, seed)["96"] for y in worse]
+    assert sliced[0] < sliced[1] < sliced[2]
+    spectrum = [metrics.radial_spectrum(y) for y in worse]
+    apart = [metrics.spectrum_difference(spectrum[0], other, 40) for other in spectrum]
+    assert apart[0] == 0 < apart[1] < apart[2]
+    assert apart[1] == metrics.spectrum_difference(spectrum[1], spectrum[0], 40)
+    bank = metrics.thumbnails(x)
+    alike = [metrics.ssim_to_nearest(y[:4], bank, x.__getitem__, 4) for y in worse]
+    assert alike[0] == pytest.approx(1, abs=1e-5) and alike[0] > alike[1] > alike[2]
+    far = [metrics.nearest(y[:4], x, 1)[0].mean() for y in worse]
+    assert far[0] == 0 < far[1] < far[2]
+
+
+@settings(max_examples=3, deadline=None)
+@given(seeds)
+def test_pairs_differ_the_more_the_noisier_the_same_image_is(seed):
+    same = blobs(1, seed).repeat(6, 1, 1, 1)
+    alike = [metrics.ms_ssim_of_pairs(noisy(same, sd, seed), 12) for sd in (0.0, 0.02, 0.1)]
+    assert alike[0] == pytest.approx(1, abs=1e-5) and alike[0] > alike[1] > alike[2]
+
+
 @pytest.mark.parametrize("change", ["shift", "shrink", "noise", "duplicate"])
 def test_frechet_distance_rises_with_every_damage(change):
     real, again = normal(300, 5), normal(300, 5, 1)
@@ -533,6 +618,28 @@ def test_total_variation_from_equal_to_disjoint():
     assert metrics.total_variation(torch.tensor(a), torch.tensor([1, 0, 1, 0])) == 0.5
     with pytest.raises(ValueError, match="non-empty"):
         metrics.total_variation(a, 0 * a)
+
+
+histograms = st.lists(st.integers(0, 50), min_size=6, max_size=6).filter(any).map(np.array)
+
+
+@given(histograms, histograms, histograms)
+@settings(max_examples=100, deadline=None)
+def test_total_variation_is_a_distance_from_0_to_1(a, b, c):
+    tv = metrics.total_variation
+    assert tv(a, a) == 0 and tv(a, b) == tv(b, a) and 0 <= tv(a, b) <= 1 + 1e-12
+    assert tv(a, c) <= tv(a, b) + tv(b, c) + 1e-12
+    p, q = a / a.sum(), b / b.sum()
+    mixed = [tv(p, (1 - share) * p + share * q) for share in (0, 0.3, 1)]
+    assert mixed == pytest.approx([0, 0.3 * mixed[2], mixed[2]], abs=1e-12)
+
+
+@given(histograms)
+@settings(max_examples=50, deadline=None)
+def test_entropy_needs_no_more_bits_than_a_fixed_length_in_any_order(counts):
+    fixed, entropy = metrics.bits_per_pixel(counts, 6)
+    assert 0 <= entropy <= fixed + 1e-12
+    assert metrics.bits_per_pixel(counts[::-1], 6)[1] == pytest.approx(entropy, abs=1e-12)
 
 
 @few

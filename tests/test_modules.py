@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from config import Config
 from modules import (
@@ -243,6 +245,34 @@ def test_unused_codes_are_never_emitted():
     code_map, counts, _ = some_code_map()
     u = torch.linspace(-1, 1, 4096).view(1, 1, 64, 64)
     assert set(code_map.decode(u).unique().tolist()) == set(counts.nonzero().flatten().tolist())
+
+
+@given(
+    st.integers(1, 30), st.sampled_from(["coordinates", "pc1", "raw"]), st.booleans(),
+    st.floats(-10, 10, width=32), st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_whatever_a_generator_draws_becomes_a_used_code(used, order, stretch, far, seed):
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros(30, dtype=torch.long)
+    counts[torch.randperm(30, generator=generator)[:used]] = 3
+    code_map = CodeMap.fit(torch.randn(30, 5, generator=generator), counts, order, 2)
+    u = torch.rand(1, 2, 3, 3, generator=generator) * 2 - 1
+    u[0, :, 0] = torch.tensor([-1.0, 1.0, far])
+    drawn = code_map.decode(u, stretch)
+    assert (counts[drawn] > 0).all() and drawn.shape == (1, 3, 3)
+    u[0, 1, 2, 2] = math.nan
+    with pytest.raises(FloatingPointError):
+        code_map.decode(u, stretch)
+
+
+@given(st.lists(st.integers(0, 99), min_size=1, max_size=20).filter(any), st.randoms())
+@settings(max_examples=50, deadline=None)
+def test_perplexity_is_from_1_to_the_used_codes_in_any_order(counts, draw):
+    value = perplexity(torch.tensor(counts))
+    assert 1 - 1e-9 <= value <= sum(map(bool, counts)) + 1e-9
+    draw.shuffle(counts)
+    assert perplexity(torch.tensor(counts)) == pytest.approx(value)
 
 
 def test_the_ends_of_tanh_fall_into_the_end_bins():

@@ -179,6 +179,10 @@ def test_reconstruct_takes_any_folder(finished, slices):
     done = script("predict.py", "reconstruct", "out", "--data", data, "--out", "r", cwd=where)
     assert done.returncode == 0, done.stderr
     assert len(list((where / "r").glob("0*.png"))) == 16 and "SSIM" in done.stdout
+    one = next(data.glob("*.png"))
+    done = script("predict.py", "reconstruct", "out", "--data", one, "--out", "1", cwd=where)
+    assert done.returncode == 0 and "SSIM" in done.stdout and "nan" not in done.stdout
+    assert len(list((where / "1").glob("0*.png"))) == 1
 
 
 def test_evaluate_repeats_the_scores(finished):
@@ -290,7 +294,7 @@ def test_stages_by_hand_without_out_continue_the_newest_folder(slices, tmp_path)
 # --- bad input ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["driver.py", "train.py", "predict.py"])
+@pytest.mark.parametrize("name", ["driver.py", "train.py", "predict.py", "benchmarks/soak.py"])
 def test_help_is_there_at_once(name, tmp_path):
     start = time.monotonic()
     done = script(name, "--help", cwd=tmp_path)
@@ -318,22 +322,18 @@ def test_bad_options_are_exit_2_with_one_line(options, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("data", ["missing", "empty", "file.txt"])
+@pytest.mark.parametrize("data", ["missing", "empty", "file.txt", "labels"])
 def test_unusable_data_are_exit_3_and_leave_no_run_folder(data, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "labels/seg").mkdir(parents=True)
+    (tmp_path / "labels/seg/seg_001_slice_0.nii.png").write_bytes(b"")
     (tmp_path / "file.txt").write_text("not a slice")
     done = script("driver.py", "--data", data, cwd=tmp_path)
     assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
-    assert not list(tmp_path.glob("runs/*quick*"))
+    assert "accepted are folders" in done.stderr and not (tmp_path / "runs").exists()
 
 
-def test_two_writers_of_one_folder(slices, tmp_path):
-    import runtime
-
-    with runtime.writing_alone(tmp_path / "out"):
-        runtime.write_json(tmp_path / "out/config.json", {"seed": 0})
-        lock = json.loads((tmp_path / "out/lock.json").read_text())
-        assert lock["pid"] == os.getpid()
+def test_a_folder_of_something_else_is_exit_5(slices, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("")
     done = script("driver.py", "--data", slices, "--out", "other", *SMALL, cwd=tmp_path)

@@ -3,6 +3,9 @@
 import copy
 import csv
 import math
+import multiprocessing
+import random
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +119,46 @@ def test_continuing_gives_the_same_bits(stops, data, expected, tmp_path):
     run = a_run(tmp_path, data)
     train_all(run)
     assert differing(final_state(run), expected) == []
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    data, uninterrupted, tmp_path
+):
+    again, other = (a_run(tmp_path, data, seed=seed) for seed in (0, 1))
+    for run in (again, other):
+        train_all(run)
+    for name in ("vqvae_best.pt", "codes.npy", "codes.pt", "dcgan_best.pt"):
+        wanted = uninterrupted.path(name).read_bytes()
+        assert again.path(name).read_bytes() == wanted, name
+        assert other.path(name).read_bytes() != wanted, name
+
+
+def train_until_killed(folder, data):
+    train.CHECKPOINT_EVERY_S = 0
+    train_all(a_run(folder, data))
+
+
+@pytest.mark.slow
+def test_30_kills_at_random_moments_lose_nothing(data, uninterrupted, expected, tmp_path):
+    # A server without torch's threads forks the processes: they compute as this one does.
+    server, draw, seen = multiprocessing.get_context("forkserver"), random.Random(0), set()
+    server.set_forkserver_preload(["train"])
+    for kill in range(30):
+        process = server.Process(target=train_until_killed, args=(tmp_path, data))
+        process.start()
+        process.join(timeout=draw.uniform(0.3, 3.0))
+        process.kill()
+        process.join()
+        with runtime.writing_alone(tmp_path):  # as the next start does
+            assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name]
+        for path in tmp_path.rglob("*.pt"):
+            seen.add((path.name, runtime.load_checkpoint(path).get("nimg")))
+        if kill == 24:  # by now it may be done: once more from the start
+            assert ("dcgan_last.pt", STEPS * 4) in seen or len(seen) > 5
+            shutil.rmtree(tmp_path / "seed-0")
+    run = a_run(tmp_path, data)
+    train_all(run)
+    assert differing(final_state(run), expected) == [] and len(seen) > 10
 
 
 def tampered(tmp_path, data, name: str, change) -> dict:
@@ -236,6 +279,18 @@ def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
     assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
 
 
+def test_weights_that_are_not_finite_reach_no_checkpoint(data, tmp_path):
+    bad = torch.nn.Linear(3, 1)
+    stage = train.Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": bad})
+    stage.save()
+    before = stage.last.read_bytes()
+    with torch.no_grad():
+        bad.weight[0, 1] = math.nan
+    with pytest.raises(UserError, match=r"parts\.model\.weight is not finite") as problem:
+        stage.save()
+    assert problem.value.code == Exit.DIVERGED and stage.last.read_bytes() == before
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -327,9 +382,32 @@ def test_an_order_visits_every_item_once_an_epoch_and_is_cut_anywhere():
     assert np.concatenate(parts).tolist() == whole.tolist()
 
 
-def test_a_batch_larger_than_the_data(data, tmp_path):
-    config = Config(**{**TINY.__dict__, "batch_size": 40, "gan_batch_size": 30})
+@pytest.mark.parametrize(("slices", "maps"), [(40, 30), (1, 1)])
+def test_a_batch_larger_than_the_data_and_a_batch_of_one(slices, maps, data, tmp_path):
+    config = Config(**{**TINY.__dict__, "batch_size": slices, "gan_batch_size": maps})
     train_all(a_run(tmp_path, data, config=config))
+
+
+def test_a_collapsed_codebook_is_exit_6_with_a_clear_message(data, tmp_path, monkeypatch):
+    run = a_run(tmp_path, data)
+    train.train_vqvae(run)
+    monkeypatch.setattr(
+        modules.VQVAE, "encode", lambda model, x: torch.full((len(x), 64, 64), 3)
+    )
+    with pytest.raises(UserError, match="the codebook collapsed to one code") as problem:
+        train.extract_codes(run)
+    assert problem.value.code == Exit.DIVERGED and not run.path("codes.pt").exists()
+
+
+def test_the_best_changes_for_a_finite_better_score_only(data, tmp_path):
+    model = torch.nn.Linear(1, 1)
+    stage = train.Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": model})
+    kept = []
+    for score in (math.nan, math.inf, 3.0, math.nan, 4.0, -math.inf, 2.0, 2.0):
+        stage.offer(score, model=model)
+        path = tmp_path / "seed-0/vqvae_best.pt"
+        kept.append(runtime.load_checkpoint(path)["score"] if path.exists() else None)
+    assert kept == [None, None, 3, 3, 3, 3, 2, 2]
 
 
 def test_level_tables():

@@ -1,0 +1,171 @@
+"""Is anything lost when a run is killed again and again?
+
+    python benchmarks/soak.py                     # 50 cycles of preset smoke
+    python benchmarks/soak.py --cycles 5 --subjects 4 2 2 --vqvae-kimg 0.2 --gan-kimg 0.4
+
+A cycle starts or continues `driver.py` (any of its options, embedded data; a checkpoint every
+second) and ends it at a random moment: SIGKILL, one time in four SIGTERM. Every checkpoint must
+then be whole and no older than before; a finished run must equal an uninterrupted one, bit for
+bit, and a new one begins. The last line counts cycles, kills and losses; a loss is exit 1.
+"""
+
+import argparse
+import csv
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cycles", type=int, default=50, help="starts in all [50]")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments [0]")
+    parser.add_argument("--out", default="runs/soak", help="a folder to be made [runs/soak]")
+    arguments, options = parser.parse_known_args()
+    return arguments, options or ["--preset", "smoke"]
+
+
+if __name__ == "__main__":  # a question for help must not wait for torch
+    ARGUMENTS, OPTIONS = parse()
+
+import runtime
+from config import Exit, UserError
+
+# driver.py itself, with more checkpoints, so that kills hit the saving of one
+DRIVER = (
+    "import runpy, sys; sys.path.insert(0, {0!r}); import train; train.CHECKPOINT_EVERY_S = 1; "
+    "sys.argv[0] = 'driver.py'; runpy.run_path({0!r} + '/driver.py', run_name='__main__')"
+)
+SAME = ("vqvae_best.pt", "codes.npy", "codes.pt", "dcgan_best.pt", "figures/*.png")
+
+
+def start(folder: Path, options: list[str]) -> subprocess.Popen:
+    code = DRIVER.format(str(HERE.parent.resolve()))
+    command = [sys.executable, "-c", code, *options, "--out", str(folder)]
+    command += ["--cache", str(folder.parent / "cache")]
+    with open(folder.parent / "output.log", "ab") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output)
+
+
+def result(folder: Path) -> dict:
+    """What a run leaves, times and memory aside."""
+    seed = folder / "seed-0"
+    found = {p.name: p.read_bytes() for name in SAME for p in sorted(seed.glob(name))}
+    metrics = json.loads((seed / "metrics.json").read_text(encoding="utf-8"))
+    del metrics["peak_memory_mb"]
+    with open(seed / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        del row["seconds"], row["images_per_s"]
+    return found | {"metrics.json": metrics, "log.csv": rows}
+
+
+def seen(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """Images seen by each stage's newest checkpoint, and what cannot be read."""
+    newest, problems = {}, []
+    for path in sorted(folder.glob("seed-*/*.pt")):
+        try:
+            values = runtime.load_checkpoint(path)
+        except UserError as problem:
+            problems.append(str(problem))
+            continue
+        if path.stem.endswith(("_last", "_prev")):
+            stage = values["stage"]
+            newest[stage] = max(newest.get(stage, 0), values["nimg"])
+    return newest, problems
+
+
+class Soak:
+    """One folder after the other, killed and continued; counts what happens."""
+
+    def __init__(self, folder: Path, options: list[str], seed: int):
+        self.run, self.options, self.random = folder / "killed", options, random.Random(seed)
+        self.ends = dict.fromkeys(("SIGKILL", "SIGTERM", "finished"), 0)
+        self.losses: list[str] = []
+        self.before: dict[str, int] = {}
+        reference, begin = folder / "whole", time.monotonic()
+        if code := start(reference, options).wait():
+            raise UserError(Exit.BUG, f"the uninterrupted run ended with {code}: see {folder}")
+        self.seconds, self.wanted = time.monotonic() - begin, result(reference)
+
+    def cycle(self):
+        """Start, wait, end, look."""
+        fresh, begin = not self.run.exists(), time.monotonic()
+        process = start(self.run, self.options)
+        signum = signal.SIGTERM if self.random.random() < 0.25 else signal.SIGKILL
+        try:
+            code = process.wait(timeout=self.random.uniform(0.05, 1) * self.seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signum)
+            code = process.wait()
+        if code == 0:
+            if fresh:  # faster than the first, which may have made the data
+                self.seconds = min(self.seconds, time.monotonic() - begin)
+            self.finished()
+        elif code in (-signum, Exit.TERMINATED):
+            self.ends[signum.name] += 1
+            self.look()
+        else:
+            self.losses.append(f"exit code {code}")
+
+    def look(self):
+        """After a kill: everything whole, and nothing further back than it was."""
+        newest, problems = seen(self.run)
+        self.losses += problems
+        for stage, nimg in self.before.items():
+            if newest.get(stage, 0) < nimg:
+                self.losses.append(
+                    f"{stage}: {newest.get(stage, 0)} images seen, {nimg} before"
+                )
+        self.before = newest
+
+    def finished(self):
+        """Compare with the uninterrupted run, and make room for the next."""
+        self.ends["finished"] += 1
+        found = result(self.run)
+        names = [k for k in {**self.wanted, **found} if found.get(k) != self.wanted.get(k)]
+        self.losses += [f"{name} differs from the uninterrupted run's" for name in names]
+        self.losses += [f"{p} remains" for p in self.run.rglob("*") if "tmp" in p.name]
+        self.losses += [f"{p} was damaged" for p in self.run.rglob("*.damaged-*")]
+        if not names:
+            shutil.rmtree(self.run)
+        else:  # kept, to be looked at
+            self.run.rename(self.run.with_name(f"differs-{self.ends['finished']}"))
+        self.before = {}
+
+
+def main():
+    folder = Path(ARGUMENTS.out)
+    if folder.exists():
+        raise UserError(Exit.BUSY, f"{folder} is there; remove it or choose another --out")
+    folder.mkdir(parents=True)
+    soak = Soak(folder, OPTIONS, ARGUMENTS.seed)
+    runtime.say(f"an uninterrupted run takes {soak.seconds:.0f} s")
+    for _ in runtime.progress(range(ARGUMENTS.cycles), total=ARGUMENTS.cycles, label="cycles"):
+        soak.cycle()
+    if code := start(soak.run, OPTIONS).wait():  # what was killed last is brought to its end
+        soak.losses.append(f"exit code {code}")
+    else:
+        soak.finished()
+    for loss in soak.losses:
+        runtime.say(f"lost: {loss}")
+    runtime.say(
+        f"{ARGUMENTS.cycles} cycles: {soak.ends['SIGKILL']} killed, {soak.ends['SIGTERM']} "
+        f"terminated; {soak.ends['finished']} results compared; {len(soak.losses)} losses"
+    )
+    if soak.losses:
+        raise UserError(Exit.BUG, f"something was lost: see {folder}")
+
+
+if __name__ == "__main__":
+    runtime.run_script(main)
