@@ -61,7 +61,7 @@ class Inputs:
             for i in range(PNGS):
                 pixels = self.data.images[i % len(self.data.images)]
                 name = f"case_{i // CASE:03d}_slice_{i % CASE}.nii.png"
-                cv2.imwrite(str(folder / name), pixels)
+                (folder / name).write_bytes(cv2.imencode(".png", pixels)[1])
         return root
 
 
@@ -296,7 +296,8 @@ class PngFiles(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        return torch.from_numpy(cv2.imread(self.paths[i], cv2.IMREAD_GRAYSCALE))[None] / 255
+        blob = np.fromfile(self.paths[i], np.uint8)
+        return torch.from_numpy(cv2.imdecode(blob, cv2.IMREAD_GRAYSCALE))[None] / 255
 
 
 def read_loader(here: Inputs):

@@ -425,10 +425,9 @@ def test_set_measures_of_images_move_with_growing_noise(seed):
     apart = [metrics.spectrum_difference(spectrum[0], other, 40) for other in spectrum]
     assert apart[0] == 0 < apart[1] < apart[2]
     assert apart[1] == metrics.spectrum_difference(spectrum[1], spectrum[0], 40)
-    bank = metrics.thumbnails(x)
-    alike = [metrics.ssim_to_nearest(y[:4], bank, x.__getitem__, 4) for y in worse]
+    alike = [metrics.ssim_to_nearest(y[:4], [x], x.__getitem__, 4) for y in worse]
     assert alike[0] == pytest.approx(1, abs=1e-5) and alike[0] > alike[1] > alike[2]
-    far = [metrics.nearest(y[:4], x, 1)[0].mean() for y in worse]
+    far = [metrics.nearest(y[:4], [x], 1)[0].mean() for y in worse]
     assert far[0] == 0 < far[1] < far[2]
 
 
