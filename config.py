@@ -166,7 +166,7 @@ class Config:
     )
     gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
-        110.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        120.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     # Evaluation
@@ -215,7 +215,7 @@ PRESETS = {
     "smoke": {
         "subjects": (10, 2, 2), "vqvae_kimg": 1.0, "gan_kimg": 2.0, "samples": 64,
     },
-    "long": {"vqvae_kimg": 40.0, "gan_kimg": 330.0},
+    "long": {"vqvae_kimg": 40.0, "gan_kimg": 360.0},
     "full": {
         "widths": (64, 32), "residual_blocks": 2, "vqvae_kimg": 400.0,
         "gan_widths": (128, 64), "gan_kimg": 2000.0, "batch_size": 64,

@@ -446,8 +446,8 @@ def level_features(level: Tensor) -> Tensor:
 class Generator(nn.Module):
     """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> 64x64.
 
-    classic: as in the paper. Else the slice level's features stand beside the noise, and two
-    more layers work at full size: in the paper's last layer 4x4 neighbouring cells are a linear
+    classic: as in the paper. Else the slice level's features stand beside the noise, and one
+    more layer works at full size: in the paper's last layer 4x4 neighbouring cells are a linear
     function of few numbers, and borders between tissues stay soft.
     bounded: tanh at the end, as in the paper; without it any number may come out.
     contrast: the gain of `raise_contrast` that `draw` applies to its output; 0 until set.
@@ -472,8 +472,6 @@ class Generator(nn.Module):
         if classic:
             last = nn.ConvTranspose2d(ins, channels, 4, 2, 1)
         else:
-            layers += [nn.Conv2d(ins, ins, 3, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(ins), nn.ReLU()]
             last = nn.Conv2d(ins, channels, 3, padding=1)
         self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
         self.register_buffer("contrast", torch.zeros(()))

@@ -156,13 +156,13 @@ def generator() -> Figure:
         arrow(ax, (x0, y), (x1, y), CONV)
         write(ax, (x0 + x1) / 2, y + 12, f"stride {stride}", size=7.5, color=CONV)
     arrow(ax, (668, y), (738, y), POINT)
-    write(ax, 703, y + 12, "twice 3 × 3", size=7.5, color=POINT)
+    write(ax, 703, y + 12, "3 × 3", size=7.5, color=POINT)
     table(ax, [62, 166, 308, 426, 528, 628, 812])
     text = "transposed convolution, kernel 4 × 4; then BatchNorm and ReLU"
     arrow(ax, (60, 22), (82, 22), CONV)
     write(ax, 90, 22, text, ha="left")
     arrow(ax, (484, 22), (506, 22), POINT)
-    text = "two convolutions (the original has none, but tanh)"
+    text = "convolution (the original has no such layer, but tanh)"
     write(ax, 514, 22, text, ha="left")
     return fig
 
