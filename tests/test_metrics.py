@@ -514,6 +514,17 @@ def test_planted_copies_are_flagged_and_new_slices_are_not():
 # --- sets of images -----------------------------------------------------------------------
 
 
+def test_distance_to_nearest_looks_at_every_part_of_a_mapped_bank(tmp_path):
+    draw = np.random.default_rng(0)
+    bank = draw.normal(size=(9000, 3)).astype(np.float32)
+    np.save(tmp_path / "bank.npy", bank)
+    x = np.concatenate([bank[[0, 4500, 8999]], draw.normal(size=(5, 3)).astype(np.float32)])
+    found = metrics.distance_to_nearest(x, np.load(tmp_path / "bank.npy", mmap_mode="r"))
+    wanted = np.linalg.norm(x[:, None].astype(float) - bank[None], axis=2).min(1)
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+    assert (found[:3] == 0).all()
+
+
 def test_a_constant_generator_fails_on_diversity():
     real = blobs(12)
     assert metrics.ms_ssim_of_pairs(real[:1].repeat(12, 1, 1, 1), 30) > 0.9999

@@ -79,6 +79,15 @@ def test_search_is_exact_for_more_vectors_than_one_piece():
     assert (q.search(a, weight, bias) == brute).float().mean() > 0.9999
 
 
+def test_search_finds_the_code_of_background_too():
+    q, projection, a = quantizer()
+    with torch.no_grad():
+        a[0], a[1, :, 2:] = 0.0, 0.0
+    z = projection(a).permute(0, 2, 3, 1).flatten(0, 2)
+    brute = torch.cdist(z, q.codebook).argmin(1)
+    assert torch.equal(q(a, projection).indices.flatten(), brute)
+
+
 def test_straight_through_gives_the_decoder_codes_and_the_encoder_its_gradient():
     q, projection, a = quantizer()
     out = q(a, projection)

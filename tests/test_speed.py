@@ -57,29 +57,26 @@ def test_the_plain_vqvae_step_has_the_projects_loss_gradients_and_codebook(here)
         close(getattr(model.quantizer, name), getattr(twin.quantizer, name), rtol=1e-5)
 
 
+def one_dcgan_step(here, function, step: int):
+    """Losses of one step, and how far it moved every weight: by SGD, so as gradients say."""
+    gan = sides.a_gan(here, CONFIG, fused=False)
+    gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=0.01)
+    gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=0.01)
+    weights = [*gan.G.parameters(), *gan.D.parameters()]
+    before = [w.detach().clone() for w in weights]
+    losses = function(gan, 0, step)
+    if isinstance(losses, dict):
+        losses = losses["g_loss"], losses["d_loss"]
+    return losses, [w.detach() - old for w, old in zip(weights, before, strict=True)]
+
+
 @pytest.mark.parametrize("step", [0, 1], ids=["with penalties", "without"])
-def test_the_plain_dcgan_step_has_the_projects_losses_and_moves_its_networks_alike(here, step):
-    after, losses = [], []
-    for function in (train.dcgan_step, plain.dcgan_step):
-        gan = sides.a_gan(here, CONFIG, fused=False)
-        for network, name in ((gan.G, "G_adam"), (gan.D, "D_adam")):
-            setattr(gan, name, torch.optim.SGD(network.parameters(), lr=0.01))
-        before = {**named(gan.G, "G"), **named(gan.D, "D")}
-        found = function(gan, 0, step)
-        losses.append((found["g_loss"], found["d_loss"]) if step_is_ours(found) else found)
-        moved = {**named(gan.G, "G"), **named(gan.D, "D")}
-        after.append({name: moved[name] - before[name] for name in moved})
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
-    for name in after[0]:
-        close(after[0][name], after[1][name])
-
-
-def step_is_ours(found) -> bool:
-    return isinstance(found, dict)
-
-
-def named(network, letter):
-    return {f"{letter}.{n}": p.detach().clone() for n, p in network.named_parameters()}
+def test_the_plain_dcgan_step_has_the_projects_losses_and_moves_its_weights_alike(here, step):
+    ours, mine = one_dcgan_step(here, train.dcgan_step, step)
+    theirs, others = one_dcgan_step(here, plain.dcgan_step, step)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(mine, others, strict=True):
+        close(a, b)
 
 
 def test_plain_ssim_and_detail_are_the_projects(here):

@@ -1,0 +1,80 @@
+"""Memory does not grow with the data: the whole driver, on a map of slices ten times larger."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import embedded
+from config import Config
+from dataset import SIDE, stable_hash
+from runtime import write_npy_header
+
+ROOT = Path(__file__).parent.parent
+SUBJECTS, TIMES = (40, 4, 4), 10  # of the smaller set; of 32 slices each
+OPTIONS = [
+    "--codes", "16", "--widths", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
+    "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2", "--samples", "64",
+]  # fmt: skip
+# The driver itself; but its encoder for scores is trained on 640 slices, not 24,000: a minute.
+DRIVER = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import evaluation
+evaluation.SliceEncoder.IMAGES = 640
+runpy.run_path({str(ROOT / "driver.py")!r}, run_name="__main__")
+"""
+
+
+def sparse_cache(folder: Path, subjects: tuple[int, int, int]):
+    """The embedded set's cache with an ellipse in every tenth slice and holes between them."""
+    config = Config(subjects=subjects)
+    settings = [embedded.VERSION, config.split_seed, config.slices, list(subjects)]
+    name, people = stable_hash("embedded", settings), sum(subjects)
+    draw, n = np.random.default_rng(0), people * config.slices
+    folder.mkdir()
+    with open(folder / f"{name}.npy", "wb") as file:
+        write_npy_header(file, np.uint8, (n, SIDE, SIDE))
+        start = file.tell()
+        for row in range(0, n, 10):
+            image = np.zeros((SIDE, SIDE), np.uint8)
+            axes, grey = draw.integers(40, 100, 2).tolist(), int(draw.integers(80, 250))
+            cv2.ellipse(image, (128, 128), axes, 0, 0, 360, grey, -1)
+            image += (draw.integers(0, 6, image.shape) * (image > 0)).astype(np.uint8)
+            file.seek(start + row * image.size)
+            file.write(image.tobytes())
+        file.truncate(start + n * SIDE * SIDE)
+    values = {"fingerprint": name, "table": [config.slices] * people}
+    (folder / f"{name}.json").write_text(json.dumps(values))
+
+
+def peak_anonymous_mb(folder: Path, subjects: tuple[int, int, int]) -> float:
+    """Largest RssAnon of a `driver.py` from start to end: mapped pages are not in it."""
+    sparse_cache(folder, subjects)
+    command = [sys.executable, "-c", DRIVER, "--cache", str(folder), *OPTIONS]
+    command += ["--subjects", *map(str, subjects), "--out", str(folder / "out")]
+    peak = 0
+    with open(folder / "log", "wb") as log:
+        threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # with more, peaks vary
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=threads)
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            lines = [line.split() for line in status.splitlines()]
+            peak = max([peak, *(int(line[1]) for line in lines if line[0] == "RssAnon:")])
+            time.sleep(0.01)
+    assert process.returncode == 0, (folder / "log").read_text()
+    return peak / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
+def test_ten_times_the_slices_take_no_more_memory(tmp_path):
+    small = peak_anonymous_mb(tmp_path / "small", SUBJECTS)
+    large = peak_anonymous_mb(tmp_path / "large", tuple(TIMES * n for n in SUBJECTS))
+    assert large < 1.05 * small, (small, large)
