@@ -525,6 +525,8 @@ def load_checkpoint(path: Path, **expected) -> dict:
             f"{path}: no such file; is the run finished? (driver.py continues)",
         ) from None
     except Exception as problem:
+        if is_out_of_memory(problem):  # no fault of the file
+            raise
         reason = " ".join(str(problem).split())[:120] or type(problem).__name__
         if "weights" in reason.lower():
             reason = "it holds more than tensors and plain values"
@@ -641,7 +643,9 @@ def _not_finite(values) -> str:
     Raises ValueError for a tensor that claims more numbers than are stored.
     """
     for name, value in _tensors(values):
-        value = torch.as_tensor(value)
+        value = torch.as_tensor(
+            value, dtype=torch.float64 if isinstance(value, float) else None
+        )
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{name} claims more numbers than it has")
         if value.is_floating_point() and not torch.isfinite(value).all():

@@ -27,6 +27,22 @@ from unittest import mock
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished seed")
+    parser.add_argument("--rows", metavar="ROW", nargs="+", help="[all]")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the DCGANs [0]")
+    parser.add_argument("--out", default="runs/ablation", help="[runs/ablation]")
+    parser.add_argument("--table", action="store_true", help="print the table and end")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # a question for help must not wait for torch
+    ARGUMENTS = parse()
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -473,16 +489,9 @@ def draw(folder: Path, seed: int):
     runtime.save_figure(picture, lambda: figures.side_by_side(rows))
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished seed")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="[all]")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the DCGANs [0]")
-    parser.add_argument("--out", default="runs/ablation", help="[runs/ablation]")
-    parser.add_argument("--table", action="store_true", help="print the table and end")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace):
+    if unknown := sorted(set(arguments.rows or ()) - set(ROWS)):
+        raise UserError(Exit.USAGE, f"no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     if arguments.table or not arguments.run:
         print(table())
         return
@@ -498,7 +507,7 @@ def main():
     done = {(row["row"], row["seed"]) for row in read_rows()}
     scorer = functools.cache(lambda: evaluation.Scorer(base, data))  # made when first needed
     folder = Path(arguments.out) / mark
-    for name in arguments.rows:
+    for name in arguments.rows or ROWS:
         if (name, str(arguments.seed)) in done:
             continue
         run = prepare(name, base, folder / name, data, arguments.seed)
@@ -509,4 +518,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_script(main)
+    runtime.run_script(lambda: main(ARGUMENTS))

@@ -13,6 +13,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -282,6 +283,7 @@ def memory_of(work) -> int:
     ours, theirs = FORK.Pipe()
 
     def measured():
+        cv2.setNumThreads(1)  # the threads of the process before do not exist in this one
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with contextlib.suppress(UserError, decoding.Unreadable):
             work()

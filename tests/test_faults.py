@@ -88,6 +88,7 @@ def seed(finished, tmp_path):
 
 def save_forever(path: Path):
     """Saves with numbers that tell whether a file is one save or a mixture of two."""
+    torch.set_num_threads(1)  # the threads of the process before do not exist in this one
     number = (runtime.load_last(path) or {"number": 0})["number"]
     while True:
         number += 1
@@ -397,7 +398,7 @@ def test_no_script_runs_what_a_checkpoint_holds(
                 **vars(given(data=str(slices), out=str(tmp_path / "out"))), stage="all"
             )
         ),
-        "ablate": ablate.main,
+        "ablate": lambda: ablate.main(ablate.parse()),
     }
     (folder / "metrics.json").unlink()  # driver.py would not look at a finished seed
     for path in folder.glob("*.pt"):
@@ -474,6 +475,18 @@ def test_other_bad_checkpoints_are_exit_4_with_their_reason(spoil, words, tmp_pa
     with pytest.raises(UserError, match=words) as problem:
         runtime.load_checkpoint(path)
     assert problem.value.code == Exit.CHECKPOINT and str(path) in str(problem.value)
+
+
+def test_little_memory_is_no_damage(tmp_path, monkeypatch):
+    def none(*arguments, **keywords):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    path = tmp_path / "x_last.pt"
+    runtime.save_checkpoint(path, {"x": 1})
+    monkeypatch.setattr(torch, "load", none)
+    with pytest.raises(RuntimeError, match="allocate"):  # a damaged file would be put aside
+        runtime.load_last(path)
+    assert path.exists()
 
 
 def without(values, key):

@@ -294,7 +294,10 @@ def test_stages_by_hand_without_out_continue_the_newest_folder(slices, tmp_path)
 # --- bad input ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["driver.py", "train.py", "predict.py", "benchmarks/soak.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["driver.py", "train.py", "predict.py", "benchmarks/ablate.py", "benchmarks/soak.py"],
+)
 def test_help_is_there_at_once(name, tmp_path):
     start = time.monotonic()
     done = script(name, "--help", cwd=tmp_path)
