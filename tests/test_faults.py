@@ -96,14 +96,22 @@ def save_forever(path: Path):
         runtime.save_checkpoint(path, values, keep_previous=True)
 
 
+def time_of(path: Path) -> int:
+    """When a file was written; 0 while it is being replaced."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def test_a_kill_while_saving_leaves_a_whole_checkpoint_30_times(tmp_path):
     path, draw, last = tmp_path / "x_last.pt", random.Random(0), 0
     for _ in range(30):
-        before = path.stat().st_mtime_ns if path.exists() else 0
+        before = time_of(path)
         writer = FORK.Process(target=save_forever, args=(path,))
         writer.start()
-        while not path.exists() or path.stat().st_mtime_ns == before:
-            time.sleep(0.001)  # until it saves, on a busy machine too
+        while time_of(path) in (before, 0) and writer.is_alive():
+            time.sleep(0.001)  # until it has saved, on a busy machine too
         time.sleep(draw.uniform(0, 0.1))
         writer.kill()
         writer.join()
