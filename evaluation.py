@@ -24,6 +24,7 @@ from dataset import BrainSlices, Data, evenly
 from modules import generator_of
 
 PART = 256  # slices in memory at a time
+LARGE = 2**25  # bytes of features that stay in memory: some 50,000 slices
 CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 
 
@@ -40,10 +41,12 @@ def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> 
 
 
 def on_disk(measure, split: BrainSlices) -> np.ndarray:
-    """`measure`, (B, F) float32, of a whole split: a memory map (n, F) of a nameless file.
+    """`measure`, (B, F) float32, of a whole split: (n, F), above `LARGE` of a nameless file.
 
     Memory does not grow with the split, whatever its size.
     """
+    if 4 * len(split) * measure(split.batch([0])).shape[1] <= LARGE:
+        return in_parts(measure, split).numpy()
     with tempfile.TemporaryFile() as file:
         for part in parts_of(measure, split):
             file.write(part.numpy().tobytes())

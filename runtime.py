@@ -223,7 +223,8 @@ def _ending(main) -> Exit:
         return _fail(Exit.INTERRUPTED, "interrupted")
     except OSError as problem:
         if problem.errno in UNWRITABLE:
-            where = f"cannot write {problem.filename or ''}: {problem.strerror}"
+            name = problem.filename or "a temporary file"
+            where = f"cannot write {name}: {problem.strerror}"
             return _fail(Exit.WRITE, f"{where}; make room or choose another --out")
         return _bug()
     except Exception as problem:
