@@ -126,3 +126,18 @@ def test_the_encoder_is_trained_once_and_a_damaged_one_again(data, tmp_path, cap
     third = evaluation.slice_encoder(data, tmp_path)
     assert "training it again" in capsys.readouterr().err
     assert torch.equal(first.features(x), third.features(x))
+
+
+def test_features_of_a_large_split_are_read_from_disk_and_are_the_same(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    rows = np.arange(300)
+    split = BrainSlices(images, rows, rows.astype(str), np.full(300, np.nan, np.float32))
+
+    def measure(x):
+        return x.flatten(1)[:, :5]
+
+    in_memory = evaluation.on_disk(measure, split)
+    monkeypatch.setattr(evaluation, "LARGE", 0)
+    mapped = evaluation.on_disk(measure, split)
+    assert isinstance(mapped, np.memmap) and not isinstance(in_memory, np.memmap)
+    assert mapped.shape == (300, 5) and np.array_equal(mapped, in_memory)
