@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import predict
+import processes
 import runtime
 import train
 from dataset import Data, open_data
@@ -30,6 +31,7 @@ SCORE = (
 )
 
 
+@processes.joined()
 def main(arguments):
     if DATA_PATH is not None and "data" not in arguments:
         arguments.data = DATA_PATH
@@ -39,25 +41,35 @@ def main(arguments):
     runtime.say(f"config: {' '.join(settings)}")
     runtime.say(f"device: {device}, {config.precision} precision")
     runtime.check_writable(Path(config.out or "runs"))
-    data = open_data(config)
+    data = processes.first_then_all(lambda: open_data(config))
     train.check_enough(data)
-    folder, first = runtime.results_folder(config, data.fingerprint, "seed" in arguments)
+    folder, first = processes.first(
+        lambda: runtime.results_folder(config, data.fingerprint, "seed" in arguments)
+    )
     with runtime.writing_alone(folder):
         runtime.say(f"results: {folder}")
         known = {int(p.name[5:]) for p in folder.glob("seed-*") if p.name[5:].isdigit()}
         seeds = range(first, first + config.runs)
-        results = {s: finished(folder, s) for s in sorted(known | set(seeds))}
+        results = processes.first(
+            lambda: {s: finished(folder, s) for s in sorted(known | set(seeds))}
+        )
         for seed in seeds:
             if results[seed]["status"] == "unfinished":
                 results[seed] = one_run(folder, config, seed, data)
-                write_results(folder, results, seeds)
-                print_table(folder, results)
+                processes.first(lambda: publish(folder, results, seeds, data, config))
+        if processes.is_first():
+            write_results(folder, results, seeds)
+            if not (folder / "report.html").exists():
                 predict.save_report(folder, data, config.device)
-        write_results(folder, results, seeds)
-        if not (folder / "report.html").exists():
-            predict.save_report(folder, data, config.device)
     print_table(folder, results)
     conclude(folder)
+
+
+def publish(folder: Path, results: dict[int, dict], seeds: range, data: Data, config: Config):
+    """results.json, the table of all runs so far, and report.html."""
+    write_results(folder, results, seeds)
+    print_table(folder, results)
+    predict.save_report(folder, data, config.device)
 
 
 def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:

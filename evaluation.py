@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import metrics
 import modules
+import processes
 import runtime
 from config import Exit, UserError
 from dataset import BrainSlices, Data, evenly
@@ -36,8 +37,14 @@ def parts_of(measure, split: BrainSlices, indices: np.ndarray | None = None):
 
 
 def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
-    """The same as one tensor: slices need not fit into memory, what is measured must."""
-    return torch.cat(list(parts_of(measure, split, indices)))
+    """The same as one tensor: slices need not fit into memory, what is measured must.
+
+    Of several processes each measures a share, and all get the whole.
+    """
+    indices = np.arange(len(split)) if indices is None else indices
+    mine = indices[processes.share(len(indices))]
+    found = list(parts_of(measure, split, mine)) if len(mine) else []
+    return torch.cat([part for found in processes.collected(found) for part in found])
 
 
 def on_disk(measure, split: BrainSlices) -> np.ndarray:
@@ -163,6 +170,7 @@ def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
         return torch.stack([f(images, outputs) for f in IMAGE_MEASURES.values()], 1)
 
     values = dict(zip(IMAGE_MEASURES, in_parts(measure, test).T, strict=True))  # (n,) each
+    used = set().union(*processes.collected(used))
     result = {
         name: {"mean": value.mean().item(), "sd": value.std(correction=0).item()}
         for name, value in values.items()
@@ -218,7 +226,8 @@ class Scorer:
         sizes = len(data.test), len(data.validation), len(data.train) // 2
         self.n = n = min(run.config.samples, *sizes)
         self.random = metrics.RandomFeatures()
-        self.encoder = slice_encoder(data, Path(run.config.cache))
+        cache = Path(run.config.cache)
+        self.encoder = processes.first_then_all(lambda: slice_encoder(data, cache))
         order = np.random.default_rng(0).permutation(len(data.train))
         self.rows = {"train": order[:n], "real": order[n : 2 * n]}
         other = np.random.default_rng(1)

@@ -117,6 +117,7 @@ from torch import Tensor
 import figures
 import metrics
 import modules
+import processes
 import report
 import runtime
 import sharing
@@ -499,9 +500,10 @@ def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
     name = "metrics.json" if run.config.samples == own else f"metrics-{run.config.samples}.json"
     result, scorer = evaluate(run, data)
     runtime.say(table(result))
-    with runtime.warning_only("drawing figures"):
-        save_figures(run, data, scorer, result, runtime.Log(run.folder / "log.csv").rows())
-    runtime.write_json(run.folder / name, result)
+    if processes.is_first():
+        with runtime.warning_only("drawing figures"):
+            save_figures(run, data, scorer, result, runtime.Log(run.folder / "log.csv").rows())
+    processes.first(lambda: runtime.write_json(run.folder / name, result))
     return result
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import processes
 from config import Config, Exit, UserError
 
 OLDEST_TORCH = (2, 10)  # as in requirements.txt
@@ -41,6 +42,8 @@ _open_logs: list[io.TextIOBase] = []
 
 def say(message: str, *, stream=None):
     """One line to stdout and to run.log; characters that a terminal lacks become '?'."""
+    if not (processes.is_first() or stream is sys.stderr):
+        return
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "ascii"
     with contextlib.suppress(BrokenPipeError, OSError):  # a closed terminal ends no training
@@ -60,12 +63,17 @@ def log(message: str):
 
 def warn(message: str):
     """One line on stderr and in run.log about something odd that does not stop the run."""
+    if not processes.is_first():
+        return
     say(f"warning: {message}", stream=sys.stderr)
 
 
 @contextlib.contextmanager
 def logging_to(path: Path) -> Iterator[None]:
-    """Append every message to the file `path` (UTF-8) as well."""
+    """Append every message to the file `path` (UTF-8) as well: those of the first process."""
+    if not processes.is_first():
+        yield
+        return
     file = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     _open_logs.append(file)
     try:
@@ -87,8 +95,8 @@ class Progress:
 
         self.total, self.label, self.unit, self.done = total, label, unit, done
         self.start, self.at_start, self.spoken = time.monotonic(), done, time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
+        self.bar, self.silent = None, not processes.is_first()
+        if not self.silent and sys.stderr.isatty():
             self.bar = tqdm(
                 total=total, initial=done, desc=label, unit=unit, unit_scale=True,
                 dynamic_ncols=True,
@@ -99,7 +107,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
-        elif time.monotonic() - self.spoken > 30:
+        elif not self.silent and time.monotonic() - self.spoken > 30:
             self.spoken = time.monotonic()
             rate = (self.done - self.at_start) / (self.spoken - self.start)
             left = (self.total - self.done) / rate if rate else 0
@@ -159,10 +167,10 @@ class Signals:
         self.received = signum
 
     def check(self, save: Callable[[], None]):
-        """If a signal came: save, then raise Interrupted."""
-        if self.received is not None:
+        """If a signal came, to this process or another of the run: save, raise Interrupted."""
+        if processes.agreed(self.received is not None):
             save()
-            raise Interrupted(self.received)
+            raise Interrupted(self.received or signal.SIGTERM)
 
 
 def run_script(main: Callable[[], None]):
@@ -211,11 +219,16 @@ def _ending(main) -> Exit:
         check_torch(torch.__version__)
         main()
         return Exit.DONE
+    except processes.Told as problem:
+        return problem.code
     except UserError as problem:
         return _fail(problem.code, str(problem))
     except Interrupted as end:
         command = shlex.join(["python", *sys.argv])
-        say(f"stopped by {end}; saved. To continue: {command}", stream=sys.stderr)
+        if processes.count() > 1:
+            command = "the same torchrun command"
+        if processes.is_first():
+            say(f"stopped by {end}; saved. To continue: {command}", stream=sys.stderr)
         return end.code
     except FloatingPointError as problem:
         return _fail(Exit.DIVERGED, f"{problem}; nothing was written")
@@ -276,7 +289,12 @@ def release_memory():
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' takes a GPU if there is one. Raises UserError (exit 2) for an absent one."""
+    """'auto' takes a GPU if there is one. Raises UserError (exit 2) for an absent one.
+
+    Of several processes on one machine, each has a GPU of its own.
+    """
+    if processes.count() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", processes.local())
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -671,11 +689,14 @@ def _differing(found, wanted) -> str:
 def writing_alone(folder: Path) -> Iterator[None]:
     """Be the only writer of `folder`, or raise UserError (exit 5) that names the other one.
 
+    Of several processes of one run, the first one is it.
+
     The lock is the kernel's, on a file that names its owner: a killed owner's lock is free.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "lock.json"
-    file = _locked(path)
+    file = processes.first_alone(lambda: _locked(folder))
+    if file is None:
+        yield
+        return
     try:
         before = file.read()
         if before:
@@ -692,7 +713,9 @@ def writing_alone(folder: Path) -> Iterator[None]:
         file.close()
 
 
-def _locked(path: Path):
+def _locked(folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "lock.json"
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, held for the run's duration
     try:
         if os.name == "nt":

@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from torch import Tensor
 
 import metrics
 import modules
+import processes
 import runtime
 from dataset import BrainSlices, Data, evenly, open_data
 from modules import VQVAE, CodeMap, generator_of
@@ -68,6 +69,13 @@ class Run:
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
+        for flag in ("batch_size", "gan_batch_size"):
+            if getattr(self.config, flag) % processes.count():
+                raise UserError(
+                    Exit.USAGE,
+                    f"--{flag.replace('_', '-')} {getattr(self.config, flag)} does not divide "
+                    f"evenly among {processes.count()} processes",
+                )
         self.log = runtime.Log(self.folder / "log.csv", COLUMNS)
 
     def fingerprint(self) -> dict:
@@ -107,9 +115,10 @@ class Stage:
         return self.step >= self.steps
 
     def restore(self):
-        values = runtime.load_last(self.last, **self.expected)
+        values = processes.first_then_all(lambda: runtime.load_last(self.last, **self.expected))
+        if processes.is_first():
+            self.run.log.keep(self.name, -1 if values is None else values.get("nimg", -1))
         if values is None:
-            self.run.log.keep(self.name, -1)
             return
         with runtime.reading(self.last):
             for name, part in self.parts.items():
@@ -117,25 +126,28 @@ class Stage:
             for name in ("nimg", "best", "seconds", "row_seconds"):
                 setattr(self, name, values[name])
             self.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
-        self.run.log.keep(self.name, self.nimg)
         if not self.done:
             runtime.say(f"{self.name}: continuing at {self.nimg} images seen")
 
     def save(self):
         self.tick()
+        self.saved = time.monotonic()
+        if not processes.is_first():
+            return
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         values = {
             name: getattr(self, name) for name in ("nimg", "best", "seconds", "row_seconds")
         }
         values |= {"sums": self.sums, "parts": parts}
         runtime.save_checkpoint(self.last, self.expected | values, keep_previous=True)
-        self.saved = time.monotonic()
 
     def offer(self, score: float, **weights: torch.nn.Module):
         """Keep these weights as the best if `score` is finite and lower than any before."""
         if not math.isfinite(score) or (self.best is not None and score >= self.best):
             return
         self.best = score
+        if not processes.is_first():
+            return
         state = {name: module.state_dict() for name, module in weights.items()}
         values = self.expected | {"nimg": self.nimg, "score": score} | state
         runtime.save_checkpoint(self.run.path(f"{self.name}_best.pt"), values)
@@ -183,10 +195,11 @@ class Stage:
         means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
         rate = steps * self.batch_size / max(self.seconds - self.row_seconds, 1e-9)
         self.sums, self.row_seconds = {}, self.seconds
-        self.run.log.add(
-            stage=self.name, nimg=self.nimg, seconds=round(self.seconds, 1),
-            images_per_s=round(rate, 1), lr=lr, **means, **measured,
-        )  # fmt: skip
+        if processes.is_first():
+            self.run.log.add(
+                stage=self.name, nimg=self.nimg, seconds=round(self.seconds, 1),
+                images_per_s=round(rate, 1), lr=lr, **means, **measured,
+            )  # fmt: skip
 
 
 def order_of(seed: int, purpose: int, n: int, start: int, count: int) -> np.ndarray:
@@ -238,7 +251,7 @@ def train_vqvae(run: Run):
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
-        images = train.batch(rows).to(run.device)
+        images = train.batch(rows[processes.share(len(rows))]).to(run.device)
         quantize = stage.step >= plain
         values = vqvae_step(model, optimizer, images, variance, stage, quantize)
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
@@ -248,6 +261,7 @@ def train_vqvae(run: Run):
 def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str, Tensor]:
     """One step on images (B, 1, 256, 256): eq. 3 of arXiv:1711.00937, and the codebook.
 
+    images: this process's share of the batch; gradients and statistics are the whole batch's.
     quantize False: the plain autoencoder. At first z moves fast, and codes that follow it
     would be lost; they start when it has settled.
     """
@@ -263,19 +277,24 @@ def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str,
         loss = loss + quantized.codebook_loss
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    values = {"loss": loss, **values}
+    processes.average_gradients(model, *values.values())
     optimizer.step()
     if quantized is not None and config.codebook == "ema":
         values["revived"] = update_codebook(model, quantized, stage)
-    return {"loss": loss, **values}
+    return values
 
 
 def update_codebook(model: VQVAE, quantized, stage: Stage) -> Tensor:
     """Move the codes; now and then revive the unused. Returns how many were, as a float ()."""
     quantizer, step = model.quantizer, stage.step
+    processes.sum_(quantized.counts, quantized.sums)
     quantizer.update(quantized.counts, quantized.sums, stage.run.config.codebook_decay)
     revived = 0
     if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.7 * stage.steps:
         draw = generator_of(stage.run.seed, REVIVE, step)
+        whole = {k: processes.gathered(getattr(quantized, k)) for k in ("inputs", "errors")}
+        quantized = quantized._replace(**whole)
         revived = quantizer.revive(quantized, model.pre_vq, REVIVE_BELOW, draw)
     return torch.tensor(float(revived))
 
@@ -315,7 +334,10 @@ def start_codebook(model: VQVAE, train: BrainSlices, run: Run):
     vectors = vectors[torch.randperm(len(vectors), generator=draw)[: 32 * codes]]
     if len(vectors) < codes:
         return
-    start, _ = kmeans_plusplus(vectors.numpy(), codes, random_state=run.seed)
+    # One process chooses: another machine might round, and then choose, otherwise.
+    start, _ = processes.first(
+        lambda: kmeans_plusplus(vectors.numpy(), codes, random_state=run.seed)
+    )
     start = torch.from_numpy(start).to(run.device)
     model.quantizer.replace(torch.arange(codes, device=run.device), start)
 
@@ -326,12 +348,14 @@ def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
     if not (stage.done or stage.step % (stage.every * max(1, ROWS // 10)) == 0):
         return {}
     validation = run.data.validation
-    images = validation.batch(evenly(len(validation), 128))
+    rows = evenly(len(validation), 128)
+    images = validation.batch(rows[processes.share(len(rows))])
     indices = [model.encode(part.to(run.device)) for part in images.split(32)]
     outputs = torch.cat([model.decode(part).cpu() for part in indices])
     counts = torch.bincount(torch.cat(indices).flatten().cpu(), minlength=run.config.codes)
-    ssim = metrics.ssim(images, outputs).mean().item()
-    psnr = metrics.psnr(images, outputs).mean().item()
+    processes.sum_(counts)
+    scores = torch.stack([metrics.ssim(images, outputs), metrics.psnr(images, outputs)], 1)
+    ssim, psnr = processes.gathered(scores).mean(0).tolist()
     stage.offer(-ssim, model=model)
     return {
         "ssim_validation": ssim, "psnr_validation": psnr,
@@ -353,10 +377,15 @@ def trained_vqvae(run: Run) -> VQVAE:
 def extract_codes(run: Run):
     """Write `codes.npy` (slices, 64, 64) uint16, all splits, and `codes.pt`, the code map."""
     weights = runtime.checksum(run.path("vqvae_best.pt"))
-    if codes_are_current(run, weights):
+    if processes.first(lambda: codes_are_current(run, weights)):
         return
     model = trained_vqvae(run)
     write_maps(model, run)
+    processes.first(lambda: write_code_map(model, run, weights))
+
+
+def write_code_map(model: VQVAE, run: Run, weights: int):
+    """codes.pt, from codes.npy: which codes the training split uses, and their places."""
     maps = np.load(run.path("codes.npy"), mmap_mode="r")
     counts = {
         name: histogram(maps, split.rows, run.config.codes) for name, split in splits(run)
@@ -388,15 +417,28 @@ def extract_codes(run: Run):
 
 def write_maps(model: VQVAE, run: Run):
     """Encode every slice of the source into codes.npy, (slices, 64, 64) uint16."""
-    pixels = run.data.images  # (slices, 256, 256)
-    starts = range(0, len(pixels), 64)
+    parts = index_maps(model, run)
+    if not processes.is_first():
+        for _ in parts:
+            pass  # this process's share of the work is in them
+        return
     with runtime.replacing(run.path("codes.npy")) as temporary, open(temporary, "wb") as file:
-        for start in runtime.progress(starts, total=len(starts), label="index maps"):
-            maps = encode_slices(model, pixels[start : start + 64], run.device)
-            if start == 0:
-                runtime.write_npy_header(file, maps.dtype, (len(pixels), *maps.shape[1:]))
+        for number, maps in enumerate(parts):
+            if number == 0:
+                shape = (len(run.data.images), *maps.shape[1:])
+                runtime.write_npy_header(file, maps.dtype, shape)
             file.write(maps.tobytes())
-            run.signals.check(lambda: None)
+
+
+def index_maps(model: VQVAE, run: Run) -> Iterator[np.ndarray]:
+    """Index maps (n, 64, 64) uint16 of every slice of the source, in order, n at a time."""
+    pixels, n = run.data.images, 64 * processes.count()  # (slices, 256, 256) uint8
+    starts = range(0, len(pixels), n)
+    for start in runtime.progress(starts, total=len(starts), label="index maps"):
+        part = pixels[start : start + n]
+        maps = encode_slices(model, part[processes.share(len(part))], run.device)
+        yield np.concatenate(processes.collected(maps))
+        run.signals.check(lambda: None)
 
 
 def codes_are_current(run: Run, weights: int) -> bool:
@@ -478,9 +520,16 @@ class Gan:
         self.maps = np.load(run.path("codes.npy"), mmap_mode="r")
         self.levels = torch.from_numpy(run.data.train.levels)
         self.level_table = values["levels"]
+        self.networks()
+
+    def networks(self):
+        """Both networks at their start, the average, the optimisers."""
+        run, config = self.run, self.run.config
         self.G = seeded(run.seed, 1, lambda: modules.make_generator(config)).to(run.device)
         self.D = seeded(run.seed, 2, lambda: modules.make_discriminator(config))
         self.D.to(run.device)
+        processes.share_batch_norm(self.G)
+        processes.share_batch_norm(self.D)
         self.average = copy.deepcopy(self.G).eval().requires_grad_(False)
         betas = (config.gan_beta1, 0.999 if config.gan_loss == "bce" else 0.99)
         adam = {"lr": config.gan_lr, "betas": betas, "fused": True}
@@ -497,6 +546,8 @@ class Gan:
         """Index maps (n, h, w) int64 of these slices, on the run's device."""
         return torch.from_numpy(self.maps[rows].astype(np.int64)).to(self.run.device)
 
+    # Of each batch, what is made below is this process's share.
+
     def real(self, nimg: int, step: int) -> tuple[Tensor, Tensor]:
         """A batch of real maps (B, C, 64, 64) and their levels (B,).
 
@@ -504,19 +555,21 @@ class Gan:
         lying on U exact numbers.
         """
         run, config = self.run, self.run.config
-        chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)
+        mine = processes.share(config.gan_batch_size)
+        chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)[mine]
         u = self.code_map.encode(self.real_maps(run.data.train.rows[chosen]))
         if self.code_map.even:
             u = u.expand(-1, config.map_channels, -1, -1)
         if self.code_map.even and config.gan_loss == "relativistic":
-            jitter = torch.rand(u[:, :1].shape, generator=generator_of(run.seed, JITTER, step))
+            shape = (config.gan_batch_size, 1, *u.shape[2:])
+            jitter = torch.rand(shape, generator=generator_of(run.seed, JITTER, step))[mine]
             u = u + (jitter.to(run.device) * 2 - 1) / len(self.code_map.used)
         return u, self.levels[chosen].to(run.device)
 
     def noise(self, step: int) -> Tensor:
         shape = (self.run.config.gan_batch_size, self.run.config.noise_dim)
-        generator = generator_of(self.run.seed, NOISE, step)
-        return torch.randn(shape, generator=generator).to(self.run.device)
+        noise = torch.randn(shape, generator=generator_of(self.run.seed, NOISE, step))
+        return noise[processes.share(len(noise))].to(self.run.device)
 
 
 def train_dcgan(run: Run):
@@ -546,6 +599,7 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
     )
     gan.D_adam.zero_grad(set_to_none=True)
     d_loss.backward()
+    processes.average_gradients(gan.D, d_loss, *penalties.values())
     gan.D_adam.step()
 
     gan.D.requires_grad_(False)
@@ -558,6 +612,7 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
             g_loss = modules.relativistic_loss(fake_score, real_score.detach())
     gan.G_adam.zero_grad(set_to_none=True)
     g_loss.backward()
+    processes.average_gradients(gan.G, g_loss)
     gan.G_adam.step()
     gan.D.requires_grad_(True)
     return {"g_loss": g_loss, "d_loss": d_loss, **penalties}
@@ -638,13 +693,16 @@ class Monitor:
         n = self.n if full else 64
         if full and config.gan_loss == "relativistic":
             self.set_contrast()
+        mine = processes.share(n)
         maps, images = modules.draw(
-            gan.average, gan.code_map, self.vqvae, *(part[:n] for part in self.noise),
+            gan.average, gan.code_map, self.vqvae, *(part[:n][mine] for part in self.noise),
             stretch=config.gan_loss == "bce", decode=full,
         )  # fmt: skip
-        values = {"diversity": mean_distance(gan.code_map.encode(maps[:64])) / self.real_spread}
+        maps = processes.gathered(maps)[:64]
+        values = {"diversity": mean_distance(gan.code_map.encode(maps)) / self.real_spread}
         if full:
-            distance = metrics.frechet_distance(self.network.features(images), self.real)
+            features = processes.gathered(self.network.features(images))
+            distance = metrics.frechet_distance(features, self.real)
             values["fd_validation"] = distance / self.floor
             stage.offer(values["fd_validation"], generator=gan.average)
         return values
@@ -656,11 +714,14 @@ class Monitor:
         Detail is nearly linear in the gain: two trials, and the line through them. What has
         too much detail has grain, which less contrast would smear and not mend: gain 0.
         """
-        gan, noise, found = self.gan, self.noise[0][: len(self.levels)], []
+        gan, n, found = self.gan, len(self.levels), []
+        mine = processes.share(n)
+        noise, levels = self.noise[0][:n][mine], self.levels[mine]
         for gain in (0.0, 0.2):
             gan.average.contrast.fill_(gain)
-            _, images = modules.draw(gan.average, gan.code_map, self.vqvae, noise, self.levels)
-            found.append(metrics.detail_strength(images).mean().item())
+            _, images = modules.draw(gan.average, gan.code_map, self.vqvae, noise, levels)
+            detail = processes.gathered(metrics.detail_strength(images))
+            found.append(detail.mean().item())
         slope = max((found[1] - found[0]) / 0.2, 1e-6)
         gain = min(max((self.real_detail - found[0]) / slope, 0.0), 0.5)
         for generator in (gan.average, gan.G):  # both, or averaging would change it
@@ -714,18 +775,22 @@ def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
     here = {"seed": seed, "cache": str(Path(config.cache).resolve())}
     here |= {"data": str(Path(config.data).resolve())} if config.data else {}
     settings = {"config": config.to_dict() | here, "data": data.fingerprint}
-    runtime.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
-    runtime.write_json(folder / "data_report.json", data.report)
+    if processes.is_first():
+        runtime.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
+        runtime.write_json(folder / "data_report.json", data.report)
     return run
 
 
+@processes.joined()
 def main(arguments):
     config = config_from(arguments)
     runtime.choose_device(config.device)
     runtime.check_writable(Path(config.out or "runs"))
-    data = open_data(config)
+    data = processes.first_then_all(lambda: open_data(config))
     check_enough(data)
-    folder, seed = runtime.results_folder(config, data.fingerprint, "seed" in vars(arguments))
+    folder, seed = processes.first(
+        lambda: runtime.results_folder(config, data.fingerprint, "seed" in vars(arguments))
+    )
     with runtime.writing_alone(folder):
         run = open_seed(folder, config, seed, data)
         with runtime.logging_to(run.path("run.log")):

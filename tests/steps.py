@@ -1,0 +1,99 @@
+"""Training steps of both stages from fixed states, as `python` or as torchrun runs them.
+
+    python tests/steps.py OUT.pt
+    torchrun --nproc_per_node 2 tests/steps.py OUT.pt
+
+Default networks, float32, few slices. How far the steps moved everything goes to OUT.pt, and is
+the same from any number of processes, up to rounding. Steps are plain gradient descent: Adam's
+first ones have one size, and make of a gradient that is rounding error alone a whole step.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+
+import modules
+import processes
+import train
+from config import Config
+from dataset import BrainSlices
+
+CONFIG = Config(precision="float32", batch_size=8, gan_batch_size=8, codes=64)
+SLICES = 24
+
+
+def slices() -> BrainSlices:
+    """Blurred noise: every slice and every cell another."""
+    draw = torch.Generator().manual_seed(0)
+    coarse = torch.rand(SLICES, 1, 32, 32, generator=draw)
+    images = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear")
+    pixels = (images[:, 0] * 255).to(torch.uint8).numpy()
+    levels = np.linspace(0, 1, SLICES)
+    return BrainSlices(pixels, np.arange(SLICES), ["a"] * SLICES, levels)
+
+
+def vqvae_steps() -> dict:
+    data = slices()
+    run = SimpleNamespace(config=CONFIG, seed=0, device=torch.device("cpu"))
+    stage = SimpleNamespace(run=run, steps=1000, step=0)
+    model = train.seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    train.start_codebook(model, data, run)
+    far = torch.arange(5)
+    model.quantizer.replace(far, torch.full((5, CONFIG.code_dim), 100.0))  # no cell is near
+    before, losses, revived = floats("vqvae", model), [], 0
+    for stage.step in range(train.REVIVE_EVERY - 4, train.REVIVE_EVERY + 1):
+        rows = train.order_of(0, train.ORDER, SLICES, 8 * stage.step, 8)
+        images = data.batch(rows[processes.share(8)])
+        values = train.vqvae_step(model, optimizer, images, 1.0, stage, True)
+        losses.append(values["loss"].item())
+        revived += values["revived"].item()
+    moved = {k: v - before[k] for k, v in floats("vqvae", model).items()}
+    return moved | {"vqvae.losses": torch.tensor(losses), "revived": torch.tensor(revived)}
+
+
+def floats(name: str, module: torch.nn.Module) -> dict:
+    state = module.state_dict().items()
+    return {f"{name}.{k}": v.clone() for k, v in state if v.is_floating_point()}
+
+
+def gan_steps() -> dict:
+    gan = train.Gan.__new__(train.Gan)  # without a run's files
+    gan.run = SimpleNamespace(
+        config=CONFIG, seed=0, device=torch.device("cpu"),
+        data=SimpleNamespace(train=slices()),
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(1)
+    codebook = torch.randn(64, 64, generator=draw)
+    gan.code_map = modules.CodeMap.fit(codebook, torch.ones(64).long(), "coordinates", 4)
+    gan.maps = torch.randint(64, (SLICES, 64, 64), generator=draw).numpy()
+    gan.levels = torch.from_numpy(gan.run.data.train.levels)
+    gan.networks()
+    gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=1e-2)
+    gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
+    parts, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
+    before = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
+    for step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
+        values = train.dcgan_step(gan, 8 * step, step)
+        train.update_average(gan, 8 * step)
+        losses.append([values["d_loss"].item(), values["g_loss"].item()])
+        losses[-1] += [values[k].item() if k in values else 0.0 for k in ("r1", "r2")]
+    after = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
+    moved = {k: v - before[k] for k, v in after.items()}
+    return moved | {"gan.losses": torch.tensor(losses)}
+
+
+@processes.joined()
+def main(path: str):
+    state = vqvae_steps() | gan_steps()
+    if processes.is_first():
+        torch.save(state, path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
