@@ -169,6 +169,12 @@ class Config:
         120.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
+    stop_collapsed: bool = option(
+        False,
+        "end a run whose samples have become nearly alike; it counts as diverged",
+        identity=False,
+    )
+
     # Evaluation
     samples: int = option(
         512, "N, generated and real slices compared", low=8, high=10**6, identity=False

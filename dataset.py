@@ -57,7 +57,12 @@ class BrainSlices(torch.utils.data.Dataset):
     def batch(self, indices) -> torch.Tensor:
         """Slices float32 (B,1,256,256) in [0,1] by their numbers in this split."""
         pixels = self.images[self.rows[np.asarray(indices, np.int64)]]
-        return torch.from_numpy(pixels).unsqueeze(1).float().div_(255)
+        return unit_range(torch.from_numpy(pixels))
+
+
+def unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (B,256,256) -> float32 (B,1,256,256) in [0,1]."""
+    return pixels.unsqueeze(1).float().div_(255)
 
 
 @dataclass

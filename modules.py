@@ -205,7 +205,8 @@ class Quantizer(nn.Module):
     def statistics(self, a, indices, weight, bias) -> tuple[Tensor, Tensor]:
         """Count (K,) and sum (K, D) of z per code; summed before the projection, A numbers."""
         K = len(self.codebook)
-        counts = torch.bincount(indices, minlength=K).to(a.dtype)         # (K,)
+        # Not bincount, for which a GPU would be waited for.
+        counts = a.new_zeros(K).index_add_(0, indices, torch.ones_like(a[:, 0]))
         sums = a.new_zeros(K, a.shape[1]).index_add_(0, indices, a)       # (K, A)
         return counts, sums @ weight.T + counts[:, None] * bias           # (K, D)
 
@@ -214,8 +215,8 @@ class Quantizer(nn.Module):
         """One step of the moving averages, appendix A.1. Codes of negligible count stay put."""
         self.count.lerp_(counts, 1 - decay)
         self.sum.lerp_(sums, 1 - decay)
-        alive = self.count > 1e-3
-        self.codebook[alive] = self.sum[alive] / self.count[alive, None]
+        alive, mean = self.count > 1e-3, self.sum / self.count[:, None]   # (K,) (K, D)
+        self.codebook.copy_(torch.where(alive[:, None], mean, self.codebook))
 
     @torch.no_grad()
     def replace(self, codes: Tensor, vectors: Tensor):
@@ -377,9 +378,13 @@ class CodeMap(nn.Module):
 
         Raises ValueError for a code that the training split never used.
         """
-        ranks = self.rank[indices]                                        # (B, h, w)
-        if (ranks < 0).any():
+        if (self.rank[indices] < 0).any():
             raise ValueError("an index map holds a code that the code map has not seen")
+        return self.places(indices)
+
+    def places(self, indices: Tensor) -> Tensor:
+        """The same of codes that are known to be used: nothing waits for the device."""
+        ranks = self.rank[indices]                                        # (B, h, w)
         return F.embedding(ranks, self.points).permute(0, 3, 1, 2)        # (B, C, h, w)
 
     def decode(self, u: Tensor, stretch: bool = False) -> Tensor:
@@ -438,7 +443,8 @@ def level_features(level: Tensor) -> Tensor:
 
     An unknown level (NaN) gives zeros: the same networks, unconditional.
     """
-    angles = level[:, None] * math.pi * torch.tensor([0.5, 1, 2, 4], device=level.device)
+    octaves = 2.0 ** torch.arange(-1, 3, device=level.device)             # 0.5 1 2 4
+    angles = level[:, None] * math.pi * octaves                           # (B, 4)
     features = torch.cat([torch.ones_like(level)[:, None], angles.cos(), angles.sin()], 1)
     return features.nan_to_num(0.0) * level.isfinite()[:, None]           # (B, L)
 

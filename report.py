@@ -112,9 +112,18 @@ def settings_of(folder: Path, rows: list[dict]) -> Config | None:
         if path.exists():
             config = Config.from_dict(runtime.read_json(path)["config"])
             here = Path(Config.cache).resolve() == Path(config.cache)
-            seeds = {"seed": rows[0]["seed"], "runs": len(rows), "out": str(folder)}
-            return replace(config, **seeds, cache=Config.cache if here else config.cache)
+            where = {"out": str(folder), "cache": Config.cache if here else config.cache}
+            return replace(config, **where, **seeds_of(rows))
     return None
+
+
+def seeds_of(rows: list[dict]) -> dict[str, int]:
+    """--seed and --runs of a command that continues these rows of results.json."""
+    seeds = sorted(row["seed"] for row in rows)
+    if seeds[-1] - seeds[0] == len(seeds) - 1:
+        return {"seed": seeds[0], "runs": len(seeds)}
+    waiting = [row["seed"] for row in rows if row["status"] == "unfinished"]
+    return {"seed": min(waiting, default=seeds[-1]), "runs": 1}
 
 
 def settings_table(config: Config) -> list[dict]:

@@ -34,7 +34,7 @@ import metrics
 import modules
 import processes
 import runtime
-from dataset import BrainSlices, Data, evenly, open_data
+from dataset import BrainSlices, Data, evenly, open_data, unit_range
 from modules import VQVAE, CodeMap, generator_of
 
 COLUMNS = (
@@ -50,6 +50,7 @@ WARM_UP = 0.05  # share of a stage's steps over which the learning rate rises
 PLAIN = 0.1  # share of the VQ-VAE's steps before its codebook starts from what z has become
 DETAIL = 2.0  # weight of the strength of detail in the reconstruction loss
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
+COLLAPSED = 0.1  # diversity under which samples are nearly alike, after a quarter of the steps
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
 # What a random number is for: with seed and position it makes its generator.
@@ -215,6 +216,37 @@ def permutation(seed: int, purpose: int, n: int, epoch: int) -> np.ndarray:
     return torch.randperm(n, generator=generator_of(seed, purpose, epoch)).numpy()
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without waiting for what the device is at (x may be changed at once)."""
+    return x.to(device, non_blocking=True)
+
+
+class Feed:
+    """Rows of a memory map as tensors on a device; on a GPU, all of it is there if it fits.
+
+    array: (n, ...). Kept is a copy that takes at most `SHARE` of the GPU's free
+    memory; else, and on a CPU, rows are read when they are asked for.
+    """
+
+    SHARE = 0.5
+
+    def __init__(self, array: np.ndarray, device: torch.device):
+        self.array, self.device, self.kept = array, device, None
+        if array.nbytes <= self.SHARE * free_memory(device):
+            parts = np.array_split(np.arange(len(array)), max(1, len(array) // 1024))
+            self.kept = torch.cat([self[rows] for rows in parts])
+
+    def __getitem__(self, rows: np.ndarray) -> Tensor:
+        if self.kept is None:
+            return sent(torch.from_numpy(self.array[rows]), self.device)
+        return self.kept[sent(torch.from_numpy(rows), self.device)]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; 0 elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def seeded(seed: int, network: int, make: Callable):
     """Call `make` with torch's global random state set, and put it back afterwards."""
     with torch.random.fork_rng(devices=[]):
@@ -244,6 +276,7 @@ def train_vqvae(run: Run):
     stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
     plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
     variance = data_variance(train) if config.reconstruction == "mse" else 1.0
+    slices = Feed(train.images, run.device)
     while not stage.done:
         if stage.step == plain and config.codebook == "ema":
             start_codebook(model, train, run)
@@ -251,7 +284,7 @@ def train_vqvae(run: Run):
         for group in optimizer.param_groups:
             group["lr"] = lr
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
-        images = train.batch(rows[processes.share(len(rows))]).to(run.device)
+        images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]])
         quantize = stage.step >= plain
         values = vqvae_step(model, optimizer, images, variance, stage, quantize)
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
@@ -517,7 +550,8 @@ class Gan:
                 raise ValueError("of another vqvae_best.pt; run --stage codes again")
             if values["maps"] != runtime.checksum(run.path("codes.npy")):
                 raise ValueError("of another codes.npy; run --stage codes again")
-        self.maps = np.load(run.path("codes.npy"), mmap_mode="r")
+        maps = np.load(run.path("codes.npy"), mmap_mode="r").view(np.int16)  # torch knows it
+        self.maps = Feed(maps, run.device)
         self.levels = torch.from_numpy(run.data.train.levels)
         self.level_table = values["levels"]
         self.networks()
@@ -544,7 +578,7 @@ class Gan:
 
     def real_maps(self, rows: np.ndarray) -> Tensor:
         """Index maps (n, h, w) int64 of these slices, on the run's device."""
-        return torch.from_numpy(self.maps[rows].astype(np.int64)).to(self.run.device)
+        return self.maps[rows].long() & 0xFFFF
 
     # Of each batch, what is made below is this process's share.
 
@@ -557,19 +591,19 @@ class Gan:
         run, config = self.run, self.run.config
         mine = processes.share(config.gan_batch_size)
         chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)[mine]
-        u = self.code_map.encode(self.real_maps(run.data.train.rows[chosen]))
+        u = self.code_map.places(self.real_maps(run.data.train.rows[chosen]))
         if self.code_map.even:
             u = u.expand(-1, config.map_channels, -1, -1)
         if self.code_map.even and config.gan_loss == "relativistic":
             shape = (config.gan_batch_size, 1, *u.shape[2:])
             jitter = torch.rand(shape, generator=generator_of(run.seed, JITTER, step))[mine]
-            u = u + (jitter.to(run.device) * 2 - 1) / len(self.code_map.used)
-        return u, self.levels[chosen].to(run.device)
+            u = u + (sent(jitter, run.device) * 2 - 1) / len(self.code_map.used)
+        return u, sent(self.levels[chosen], run.device)
 
     def noise(self, step: int) -> Tensor:
         shape = (self.run.config.gan_batch_size, self.run.config.noise_dim)
         noise = torch.randn(shape, generator=generator_of(self.run.seed, NOISE, step))
-        return noise[processes.share(len(noise))].to(self.run.device)
+        return sent(noise[processes.share(len(noise))], self.run.device)
 
 
 def train_dcgan(run: Run):
@@ -585,6 +619,8 @@ def train_dcgan(run: Run):
         values = dcgan_step(gan, stage.nimg, stage.step)
         update_average(gan, stage.nimg)
         stage.after_step(values, lambda: monitor.measure(stage), lr)
+        if config.stop_collapsed:
+            monitor.check_diversity(stage)
     stage.shown.close()
 
 
@@ -664,6 +700,7 @@ class Monitor:
     """Watches samples while the DCGAN trains: collapse, and distance to validation slices."""
 
     N = 256
+    diversity = math.nan  # as last measured
 
     @torch.no_grad()
     def __init__(self, gan: Gan):
@@ -699,13 +736,24 @@ class Monitor:
             stretch=config.gan_loss == "bce", decode=full,
         )  # fmt: skip
         maps = processes.gathered(maps)[:64]
-        values = {"diversity": mean_distance(gan.code_map.encode(maps)) / self.real_spread}
+        self.diversity = mean_distance(gan.code_map.encode(maps)) / self.real_spread
+        values = {"diversity": self.diversity}
         if full:
             features = processes.gathered(self.network.features(images))
             distance = metrics.frechet_distance(features, self.real)
             values["fd_validation"] = distance / self.floor
             stage.offer(values["fd_validation"], generator=gan.average)
         return values
+
+    def check_diversity(self, stage: Stage):
+        """Raise UserError (exit 6) if the samples have become nearly alike."""
+        if self.diversity < COLLAPSED and stage.step > stage.steps / 4:
+            raise UserError(
+                Exit.DIVERGED,
+                f"dcgan collapsed: diversity {self.diversity:.3f} (1: that of real maps) at "
+                f"{stage.nimg} images seen of seed {stage.run.seed}. Try another --seed or a "
+                "larger --gamma; without --stop-collapsed training would go on",
+            )
 
     def set_contrast(self):
         """Give samples the strength of detail that reconstructions of the same levels have.

@@ -382,3 +382,17 @@ def test_in_a_browser_paper_and_ink_follow_the_scheme(opened):
     paper, ink = (sum(map(int, re.findall(r"\d+", c))) for c in opened.evaluate(colours))
     dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert (paper < ink) == dark and abs(paper - ink) > 500
+
+
+@pytest.mark.parametrize(
+    "rows, seeds",
+    [
+        ({0: "done"}, (0, 1)),
+        ({2: "done", 3: "diverged", 4: "unfinished"}, (2, 3)),
+        ({0: "done", 3: "unfinished", 5: "done"}, (3, 1)),  # seeds 1, 2, 4 were never asked for
+        ({0: "done", 5: "done"}, (5, 1)),
+    ],
+)
+def test_the_command_that_continues_names_these_seeds(rows, seeds):
+    rows = [{"seed": seed, "status": status} for seed, status in rows.items()]
+    assert tuple(report.seeds_of(rows).values()) == seeds

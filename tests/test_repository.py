@@ -22,8 +22,11 @@ def test_the_architecture_table_is_the_one_that_the_code_prints():
     assert shown.strip() == architecture_table(make_vqvae(Config()))
 
 
-# Of Slurm and pip.
-FOREIGN = {"--array", "--requeue", "--signal", "--gres", "--mem", "--time", "--upgrade"}
+# Of Slurm, torchrun and pip.
+FOREIGN = {
+    "--array", "--requeue", "--signal", "--gres", "--mem", "--time", "--nodes", "--ntasks",
+    "--nproc", "--standalone", "--upgrade",
+}  # fmt: skip
 
 
 def test_every_flag_in_the_readme_exists():
@@ -52,8 +55,8 @@ def test_presets_are_valid_and_differ_from_the_default():
 
 
 ORDER = [
-    "config", "embedded", "decoding", "modules", "metrics", "figures", "runtime", "sources",
-    "dataset", "train", "evaluation", "report", "sharing", "predict", "driver",
+    "config", "embedded", "decoding", "modules", "metrics", "figures", "processes", "runtime",
+    "sources", "dataset", "train", "evaluation", "report", "sharing", "predict", "driver",
 ]  # fmt: skip
 
 

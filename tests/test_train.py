@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,7 +234,7 @@ def test_diversity_is_1_for_real_maps_and_0_after_a_collapse(uninterrupted, monk
     gan = train.Gan(uninterrupted)
     monitor = train.Monitor(gan)
     rows = uninterrupted.data.train.rows[train.evenly(len(uninterrupted.data.train), 64)]
-    real = torch.from_numpy(gan.maps[rows].astype(np.int64))
+    real = gan.real_maps(rows)
 
     class Stage:
         done, step, every = False, 1, 1  # a row without a validation FD
@@ -416,3 +417,89 @@ def test_level_tables():
     assert sorted(set(table.tolist())) == sorted(set(levels.tolist()))
     assert train.level_table(np.array([0.5, np.nan], np.float32)).unique().tolist() == [0.5]
     assert train.level_table(np.array([np.nan], np.float32)).numel() == 0
+
+
+def test_a_collapsed_run_can_be_ended(uninterrupted, tmp_path, monkeypatch):
+    """Samples all alike: without the option training goes on, with it the end says why."""
+    real_draw = modules.draw
+
+    def alike(*arguments, **keywords):
+        maps, images = real_draw(*arguments, **keywords)
+        return maps[:1].expand_as(maps), images
+
+    monkeypatch.setattr(modules, "draw", alike)
+    for stop in (False, True):
+        folder = tmp_path / f"{stop}"
+        shutil.copytree(uninterrupted.folder, folder / "seed-0")
+        for path in folder.glob("seed-0/dcgan_*"):
+            path.unlink()
+        run = a_run(folder, uninterrupted.data, config=replace(TINY, stop_collapsed=stop))
+        if not stop:
+            train.train_dcgan(run)
+            continue
+        with pytest.raises(UserError, match=r"collapsed: diversity 0.000 .* seed 0") as problem:
+            train.train_dcgan(run)
+        assert problem.value.code == Exit.DIVERGED
+        last = run.log.rows()[-1]
+        assert last["stage"] == "dcgan" and last["diversity"] == 0  # the log shows it
+        assert 0.25 < last["nimg"] / 1000 / TINY.gan_kimg < 0.4  # not before, and not late
+
+
+def test_rows_kept_on_a_device_are_the_rows_of_the_file(monkeypatch):
+    draw = np.random.default_rng(0)
+    array = draw.integers(0, 255, (3000, 4, 4)).astype(np.uint8)
+    cpu = torch.device("cpu")
+    read = train.Feed(array, cpu)
+    monkeypatch.setattr(train, "free_memory", lambda device: 2 * array.nbytes)
+    kept = train.Feed(array, cpu)
+    assert read.kept is None and kept.kept.shape == array.shape
+    rows = draw.integers(0, 3000, 50)
+    assert torch.equal(kept[rows], read[rows]) and np.array_equal(kept[rows], array[rows])
+
+
+class OtherDevice:
+    """Stands for an autocast of a device that has none."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
+    """On "meta", where tensors have no values, .item(), nonzero() and the like are errors.
+
+    On a GPU each of them would stop the loop until the GPU has caught up.
+    """
+    monkeypatch.setattr(torch, "autocast", OtherDevice)
+    monkeypatch.setattr(runtime, "autocast", OtherDevice)
+    meta = torch.device("meta")
+    run = copy.copy(uninterrupted)
+    stage = train.Stage(run, "vqvae", TINY.vqvae_kimg, 4, {})
+    stage.nimg = 0
+    run.device = meta
+    model = modules.make_vqvae(TINY).to(meta)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    slices = train.Feed(run.data.train.images, meta)
+    images = train.unit_range(slices[np.arange(4)])
+    values = train.vqvae_step(model, optimizer, images, 1.0, stage, True)
+    assert values["loss"].device == meta
+
+    run.device = torch.device("cpu")
+    gan = train.Gan(run)
+    run.device = meta
+    for name in ("G", "D", "average", "code_map"):
+        getattr(gan, name).to(meta)
+    gan.maps = train.Feed(gan.maps.array, meta)
+    gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=0.1)
+    gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=0.1)
+    for step in (0, 1):  # with and without penalties
+        values = train.dcgan_step(gan, 4 * step, step)
+        train.update_average(gan, 4 * step)
+        assert values["g_loss"].device == meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        values["g_loss"].item()  # the control
