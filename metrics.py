@@ -335,7 +335,8 @@ def c2st_auc(real, fake, groups_real, groups_fake=None, seed: int = 0) -> float:
     """Held-out AUC of a logistic regression, real against fake: 0.5 is ideal, 1 is told apart.
 
     No subject is in both parts of a fold. Give `groups_fake` where fakes have subjects too
-    (reconstructions, other real slices); else every fake is a subject of its own.
+    (reconstructions, other real slices); else every fake is a subject of its own. Few subjects
+    can leave a fold with one side only: it is left out. Raises ValueError if all are.
     """
     real, fake = as_features(real, "real features"), as_features(fake, "fake features")
     own = [f"fake {i}" for i in range(len(fake))] if groups_fake is None else groups_fake
@@ -347,9 +348,13 @@ def c2st_auc(real, fake, groups_real, groups_fake=None, seed: int = 0) -> float:
     split = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     scores = []
     for train, test in split.split(x, y, groups):
+        if len(set(y[train])) < 2 or len(set(y[test])) < 2:
+            continue
         model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         held_out = model.fit(x[train], y[train]).decision_function(x[test])
         scores.append(roc_auc_score(y[test], held_out))
+    if not scores:
+        raise ValueError("c2st: no fold by subject has both sides")
     return float(np.mean(scores))
 
 

@@ -28,6 +28,22 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+JSON = HERE.parent / "runs/speed.json"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--groups", nargs="+", metavar="GROUP", help="[all]")
+    parser.add_argument("--cache", default="runs/cache", help="embedded set [runs/cache]")
+    parser.add_argument("--out", type=Path, default=JSON, help="[runs/speed.json]")
+    parser.add_argument("--table", action="store_true", help="print the tables and end")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # a question for help must not wait for torch
+    ARGUMENTS = parse()
 
 import sides
 import torch
@@ -36,10 +52,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import runtime
-from config import Config
+from config import Config, Exit, UserError
 from dataset import open_data
 
-JSON = HERE.parent / "runs/speed.json"
 TURNS = 3
 TURN_S = 0.5  # a turn repeats its work for about so long
 
@@ -357,22 +372,19 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"groups": {}}
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--cache", default="runs/cache", help="embedded set [runs/cache]")
-    parser.add_argument("--out", type=Path, default=JSON, help="[runs/speed.json]")
-    parser.add_argument("--table", action="store_true", help="print the tables and end")
-    arguments = parser.parse_args()
+def main(arguments: argparse.Namespace):
+    groups = arguments.groups or list(GROUPS)
+    if unknown := set(groups) - set(GROUPS):
+        raise UserError(
+            Exit.USAGE, f"--groups {min(unknown)}: choose among {', '.join(GROUPS)}"
+        )
     found = read(arguments.out)
     if not arguments.table:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         found |= {"machine": machine(), "bfloat16": runtime.has_bfloat16(sides.CPU)}
         open_data(Config(cache=arguments.cache))  # made now, if it never was
         with tempfile.TemporaryDirectory() as work:
-            for group in arguments.groups:
+            for group in groups:
                 begin = time.monotonic()
                 found["groups"][group] = measure(group, arguments.cache, work)
                 runtime.write_json(arguments.out, found)
@@ -381,4 +393,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_script(main)
+    runtime.run_script(lambda: main(ARGUMENTS))

@@ -485,6 +485,15 @@ def test_c2st_is_half_for_equal_sets_and_one_for_distant_ones():
     assert metrics.c2st_auc(normal(300, 4), normal(300, 4, 1) + 5, groups) == 1
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_c2st_of_few_slices_of_few_subjects_is_a_number(seed):
+    """A fold of one side has no AUC; the others do."""
+    draw = np.random.default_rng(seed)
+    real, fake = (draw.permutation(np.repeat(np.arange(6), 8))[:8] for _ in range(2))
+    score = metrics.c2st_auc(normal(8, 4, seed), normal(8, 4, seed + 50), real, fake)
+    assert 0 <= score <= 1
+
+
 def test_c2st_folds_by_subject_do_not_reward_knowing_the_subject():
     # Equal processes, one offset per subject. Split by slice, a classifier would know the
     # subjects: with more dimensions than subjects these are linearly separable.
