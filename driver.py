@@ -37,6 +37,7 @@ def main(arguments):
         arguments.data = DATA_PATH
     config = config_from(arguments)
     device = runtime.choose_device(config.device)
+    train.check_shares(config)
     settings = (f"{k}={v}" for k, v in config.to_dict().items() if v != "")
     runtime.say(f"config: {' '.join(settings)}")
     runtime.say(f"device: {device}, {config.precision} precision")
@@ -57,12 +58,7 @@ def main(arguments):
             if results[seed]["status"] == "unfinished":
                 results[seed] = one_run(folder, config, seed, data)
                 processes.first(lambda: publish(folder, results, seeds, data, config))
-        if processes.is_first():
-            write_results(folder, results, seeds)
-            if not (folder / "report.html").exists():
-                predict.save_report(folder, data, config.device)
-    print_table(folder, results)
-    conclude(folder)
+        processes.first(lambda: conclude(folder, results, seeds, data, config))
 
 
 def publish(folder: Path, results: dict[int, dict], seeds: range, data: Data, config: Config):
@@ -84,6 +80,8 @@ def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
         except (UserError, FloatingPointError) as problem:
             if getattr(problem, "code", Exit.DIVERGED) != Exit.DIVERGED:
                 raise
+            if processes.count() > 1 and isinstance(problem, FloatingPointError):
+                raise  # it may be this process's alone, and the others wait for it
             runtime.warn(str(problem))
             return {"status": "diverged", "why": str(problem)}
         minutes = (time.monotonic() - start) / 60
@@ -163,8 +161,12 @@ def print_table(folder: Path, results: dict[int, dict]):
         runtime.say(f"seed {seed}: {result['status']} {shown}{mark}")
 
 
-def conclude(folder: Path):
-    """Say where to look; exit 6 if no run came through."""
+def conclude(folder: Path, results: dict[int, dict], seeds: range, data: Data, config: Config):
+    """All runs and where to look; exit 6 if no run came through."""
+    write_results(folder, results, seeds)
+    if not (folder / "report.html").exists():
+        predict.save_report(folder, data, config.device)
+    print_table(folder, results)
     best = runtime.read_json(folder / "results.json")["best"]
     if best is None:
         raise UserError(Exit.DIVERGED, f"no run of {folder} came through; see its run.log")

@@ -334,7 +334,7 @@ class Scorer:
     def classifier(self) -> dict[str, float]:
         """Held-out AUC of telling training slices from others, folds by subject.
 
-        Nothing where all training slices are of one subject.
+        Nothing where all training slices are of one subject, or no fold has both sides.
         """
         subjects = {k: self.data.train.subjects[self.rows[k]] for k in ("train", "real")}
         groups = {"generated": None, "reconstruction": subjects["real"]}
@@ -342,10 +342,11 @@ class Scorer:
         if min(len(set(names.tolist())) for names in subjects.values()) < 2:
             return {}
         train = self.sets["train"].features
-        return {
+        scores = {
             kind: metrics.c2st_auc(train, self.sets[kind].features, subjects["train"], group)
             for kind, group in groups.items()
         }
+        return {kind: score for kind, score in scores.items() if not math.isnan(score)}
 
     def memorised(self, of: str) -> dict[str, float]:
         """Share nearer to a training slice than 95 % of unseen people's slices are.

@@ -26,9 +26,8 @@ def joined() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local())
-    dist.init_process_group(timeout=PATIENCE)  # gloo between CPUs, nccl between GPUs
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # after a failure the others see the connection close
 
@@ -39,12 +38,16 @@ class Told(UserError):
 
 def count() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _is_joined() else 1
+
+
+def _is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _is_joined() else 0
 
 
 def local() -> int:
@@ -70,13 +73,15 @@ def _together() -> Iterator[None]:
     """A process that waits for one that has ended ends, too: exit 143."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as problem:
         raise UserError(
             Exit.TERMINATED,
-            f"process {rank()}: another process of this run has ended, and why is in its own "
-            f"message ({str(problem)[:80]}...). The last checkpoint is whole; the same command "
-            "continues",
-        ) from None
+            "this process could not reach the others; one that has ended says why in its own "
+            "message. The last checkpoint is whole; the same command continues. Cause: "
+            + str(problem).partition("\n")[0],
+        ) from problem
 
 
 def sum_(*tensors: Tensor):
@@ -139,16 +144,17 @@ def first(call: Callable):
     """What `call` returns in the first process alone, for all; or its UserError, for all."""
     if count() == 1:
         return call()
-    outcome = [None, None]
+    outcome, mine = [None, None], None
     if is_first():
         try:
             outcome[0] = call()
         except (UserError, FloatingPointError) as problem:
             outcome[1] = getattr(problem, "code", Exit.DIVERGED), str(problem)
+            mine = problem
     with _together():
         dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise (UserError if is_first() else Told)(*outcome[1])
+        raise (UserError if is_first() else Told)(*outcome[1]) from mine
     return outcome[0]
 
 

@@ -255,7 +255,8 @@ def is_out_of_memory(problem: Exception) -> bool:
 
 
 def _fail(code: Exit, message: str) -> Exit:
-    say("error: " + " ".join(message.split()), stream=sys.stderr)
+    who = "" if processes.is_first() else f"process {processes.rank()}: "
+    say("error: " + who + " ".join(message.split()), stream=sys.stderr)
     return code
 
 
@@ -291,10 +292,18 @@ def release_memory():
 def choose_device(name: str) -> torch.device:
     """'auto' takes a GPU if there is one. Raises UserError (exit 2) for an absent one.
 
-    Of several processes on one machine, each has a GPU of its own.
+    Of several processes on one machine, each has a GPU of its own, or none has one.
     """
-    if processes.count() > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", processes.local())
+    if processes.count() > 1:
+        mine = f"cuda:{processes.local()}"
+        if name not in ("auto", "cuda", "cpu", mine):
+            raise UserError(
+                Exit.USAGE, f"--device {name}: several processes take cuda (one each) or cpu"
+            )
+        if name != "cpu" and torch.cuda.is_available():
+            name = mine
+        elif name == "auto":
+            name = "cpu"
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -303,6 +312,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(
             Exit.USAGE,

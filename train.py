@@ -70,13 +70,6 @@ class Run:
 
     def __post_init__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        for flag in ("batch_size", "gan_batch_size"):
-            if getattr(self.config, flag) % processes.count():
-                raise UserError(
-                    Exit.USAGE,
-                    f"--{flag.replace('_', '-')} {getattr(self.config, flag)} does not divide "
-                    f"evenly among {processes.count()} processes",
-                )
         self.log = runtime.Log(self.folder / "log.csv", COLUMNS)
 
     def fingerprint(self) -> dict:
@@ -117,9 +110,9 @@ class Stage:
 
     def restore(self):
         values = processes.first_then_all(lambda: runtime.load_last(self.last, **self.expected))
-        if processes.is_first():
-            self.run.log.keep(self.name, -1 if values is None else values.get("nimg", -1))
         if values is None:
+            if processes.is_first():
+                self.run.log.keep(self.name, -1)
             return
         with runtime.reading(self.last):
             for name, part in self.parts.items():
@@ -127,14 +120,18 @@ class Stage:
             for name in ("nimg", "best", "seconds", "row_seconds"):
                 setattr(self, name, values[name])
             self.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
+        if processes.is_first():
+            self.run.log.keep(self.name, self.nimg)
         if not self.done:
             runtime.say(f"{self.name}: continuing at {self.nimg} images seen")
 
     def save(self):
+        """Write `last`; for all processes, by the first."""
         self.tick()
+        processes.first(self.write)
         self.saved = time.monotonic()
-        if not processes.is_first():
-            return
+
+    def write(self):
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         values = {
             name: getattr(self, name) for name in ("nimg", "best", "seconds", "row_seconds")
@@ -146,12 +143,10 @@ class Stage:
         """Keep these weights as the best if `score` is finite and lower than any before."""
         if not math.isfinite(score) or (self.best is not None and score >= self.best):
             return
-        self.best = score
-        if not processes.is_first():
-            return
+        self.best, path = score, self.run.path(f"{self.name}_best.pt")
         state = {name: module.state_dict() for name, module in weights.items()}
         values = self.expected | {"nimg": self.nimg, "score": score} | state
-        runtime.save_checkpoint(self.run.path(f"{self.name}_best.pt"), values)
+        processes.first(lambda: runtime.save_checkpoint(path, values))
 
     def tick(self):
         now = time.monotonic()
@@ -176,7 +171,7 @@ class Stage:
             self.check_finite(values)
         if row_due:
             self.write_row(measure(), lr)
-        if self.done or time.monotonic() - self.saved > CHECKPOINT_EVERY_S:
+        if processes.agreed(self.done or time.monotonic() - self.saved > CHECKPOINT_EVERY_S):
             self.save()
         self.run.signals.check(self.save)
 
@@ -217,8 +212,8 @@ def permutation(seed: int, purpose: int, n: int, epoch: int) -> np.ndarray:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without waiting for what the device is at (x may be changed at once)."""
-    return x.to(device, non_blocking=True)
+    """x on the device, without waiting for what a GPU is at."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 class Feed:
@@ -233,8 +228,11 @@ class Feed:
     def __init__(self, array: np.ndarray, device: torch.device):
         self.array, self.device, self.kept = array, device, None
         if array.nbytes <= self.SHARE * free_memory(device):
-            parts = np.array_split(np.arange(len(array)), max(1, len(array) // 1024))
-            self.kept = torch.cat([self[rows] for rows in parts])
+            one = self[np.arange(1)]
+            kept = torch.empty(array.shape, dtype=one.dtype, device=device)
+            for rows in np.array_split(np.arange(len(array)), max(1, len(array) // 1024)):
+                kept[rows[0] : rows[-1] + 1] = self[rows]
+            self.kept = kept
 
     def __getitem__(self, rows: np.ndarray) -> Tensor:
         if self.kept is None:
@@ -329,7 +327,7 @@ def update_codebook(model: VQVAE, quantized, stage: Stage) -> Tensor:
         whole = {k: processes.gathered(getattr(quantized, k)) for k in ("inputs", "errors")}
         quantized = quantized._replace(**whole)
         revived = quantizer.revive(quantized, model.pre_vq, REVIVE_BELOW, draw)
-    return torch.tensor(float(revived))
+    return quantized.errors.new_full((), float(revived))
 
 
 def reconstruction_loss(
@@ -365,12 +363,16 @@ def start_codebook(model: VQVAE, train: BrainSlices, run: Run):
     codes = len(model.quantizer.codebook)
     draw = generator_of(run.seed, START)
     vectors = vectors[torch.randperm(len(vectors), generator=draw)[: 32 * codes]]
-    if len(vectors) < codes:
-        return
     # One process chooses: another machine might round, and then choose, otherwise.
-    start, _ = processes.first(
-        lambda: kmeans_plusplus(vectors.numpy(), codes, random_state=run.seed)
+    start = processes.first(
+        lambda: (
+            kmeans_plusplus(vectors.numpy(), codes, random_state=run.seed)[0]
+            if len(vectors) >= codes
+            else None
+        )
     )
+    if start is None:
+        return
     start = torch.from_numpy(start).to(run.device)
     model.quantizer.replace(torch.arange(codes, device=run.device), start)
 
@@ -752,7 +754,7 @@ class Monitor:
                 Exit.DIVERGED,
                 f"dcgan collapsed: diversity {self.diversity:.3f} (1: that of real maps) at "
                 f"{stage.nimg} images seen of seed {stage.run.seed}. Try another --seed or a "
-                "larger --gamma; without --stop-collapsed training would go on",
+                "larger --gamma; in another --out without --stop-collapsed it would go on",
             )
 
     def set_contrast(self):
@@ -802,17 +804,29 @@ def run_stages(run: Run, names):
                 ) from None
 
 
+def check_shares(config: Config):
+    """Raise UserError (exit 2) unless each process gets an even share of each batch."""
+    for flag in ("batch_size", "gan_batch_size"):
+        if getattr(config, flag) % processes.count():
+            raise UserError(
+                Exit.USAGE,
+                f"--{flag.replace('_', '-')} {getattr(config, flag)} does not divide evenly "
+                f"among {processes.count()} processes",
+            )
+
+
 MIN_SLICES = 6  # of validation and test: precision and recall look at 5 neighbours
 
 
 def check_enough(data: Data):
     """Raise UserError (exit 3) before training if the scores could not be computed after it."""
     sizes = len(data.train) // 2, len(data.validation), len(data.test)
-    if min(sizes) < MIN_SLICES:
+    least = max(MIN_SLICES, processes.count())  # each process scores a share
+    if min(sizes) < least:
         raise UserError(
             Exit.DATA,
             f"too few slices: training {len(data.train)}, validation {sizes[1]}, "
-            f"test {sizes[2]}; needed are {2 * MIN_SLICES}, {MIN_SLICES} and {MIN_SLICES}",
+            f"test {sizes[2]}; needed are {2 * least}, {least} and {least}",
         )
 
 
@@ -833,6 +847,7 @@ def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
 def main(arguments):
     config = config_from(arguments)
     runtime.choose_device(config.device)
+    check_shares(config)
     runtime.check_writable(Path(config.out or "runs"))
     data = processes.first_then_all(lambda: open_data(config))
     check_enough(data)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 import driver
-from config import Exit, UserError
+from config import Config, Exit, UserError
 
 
 def done(score: float, ssim: float = 0.9) -> dict:
@@ -45,8 +45,8 @@ def test_an_unfinished_seed_leaves_the_folder_unfinished(tmp_path):
 
 def test_without_a_run_that_came_through_the_exit_is_6(tmp_path):
     results = {0: {"status": "diverged", "why": "loss"}}
-    driver.write_results(tmp_path, results, range(1))
+    (tmp_path / "report.html").touch()
     with pytest.raises(UserError) as problem:
-        driver.conclude(tmp_path)
+        driver.conclude(tmp_path, results, range(1), None, Config())
     assert problem.value.code == Exit.DIVERGED
     assert driver.finished(tmp_path, 0)["status"] == "diverged"  # and is not tried again

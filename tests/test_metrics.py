@@ -494,6 +494,12 @@ def test_c2st_of_few_slices_of_few_subjects_is_a_number(seed):
     assert 0 <= score <= 1
 
 
+def test_c2st_without_a_fold_of_both_sides_is_nan():
+    real, fake = [0] * 4 + [1] * 4, [1] * 4 + [2] * 4
+    score = metrics.c2st_auc(normal(8, 4, 0), normal(8, 4, 1), real, fake)
+    assert math.isnan(score)
+
+
 def test_c2st_folds_by_subject_do_not_reward_knowing_the_subject():
     # Equal processes, one offset per subject. Split by slice, a classifier would know the
     # subjects: with more dimensions than subjects these are linearly separable.
