@@ -192,18 +192,6 @@ def brain_mask(x: Tensor) -> Tensor:
     return (before[0] & before[1] & after[0] & after[1]).bool()             # (N,H,W)
 
 
-def brain_box(x: Tensor) -> Tensor:
-    """Foreground box: top, left, bottom, right (the last two exclusive); else the frame."""
-    check_images(x)
-    bright = x[:, 0] > FOREGROUND                                           # (N,H,W)
-    bright = bright | ~bright.flatten(1).any(1)[:, None, None]
-    starts, stops = [], []
-    for side in (bright.any(2), bright.any(1)):                             # (N,H), (N,W)
-        starts.append(side.int().argmax(1))
-        stops.append(side.shape[1] - side.flip(1).int().argmax(1))
-    return torch.stack(starts + stops, 1)                                   # (N,4)
-
-
 # --- features -----------------------------------------------------------------------------
 
 
@@ -369,10 +357,15 @@ def distance_to_nearest(x, bank) -> np.ndarray:
 def memorised_share(near, near_held_out) -> float:
     """Are samples nearer to the training slices than unseen people's slices are?
 
-    Both (.,) are distances to the nearest training slice. The share of samples below the 5th
-    percentile of the held-out ones: about 0.05 for new brains, near 1 for copies.
+    Both (.,) are distances to the nearest training slice. The share of samples nearer than
+    `copy_distance`: about 0.05 for new brains, near 1 for copies.
     """
-    return float((np.asarray(near) < np.percentile(near_held_out, 5)).mean())
+    return float((np.asarray(near) < copy_distance(near_held_out)).mean())
+
+
+def copy_distance(near_held_out) -> float:
+    """The distance to a training slice that 5 % of unseen people's slices stay below."""
+    return float(np.percentile(near_held_out, 5))
 
 
 # --- set against set: images --------------------------------------------------------------

@@ -359,7 +359,7 @@ def draw_overlap(scorer: Scorer, result: dict, stamp: str):
 def draw_memorisation(scorer: Scorer, stamp: str):
     near = scorer.near_training["features"]
     shown = {"unseen people": near["test"], "generated": near["generated"]}
-    return figures.memorisation(shown, float(np.percentile(near["test"], 5)), stamp)
+    return figures.memorisation(shown, metrics.copy_distance(near["test"]), stamp)
 
 
 # --- commands -----------------------------------------------------------------------------

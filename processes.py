@@ -22,8 +22,9 @@ PATIENCE = datetime.timedelta(hours=2)  # of those who wait while the first deco
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that torchrun started (it sets WORLD_SIZE); alone without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Be one of the processes that torchrun started; alone without it."""
+    started = dist.is_available() and dist.is_torchelastic_launched()
+    if not started or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -478,7 +478,7 @@ def _shown(values: list[float]) -> str:
         return "-"
     mean = statistics.fmean(values)
     text = f"{mean:.0f}" if abs(mean) >= 100 else f"{mean:.3g}"
-    return text if len(values) == 1 else f"{text} ({statistics.stdev(values):.2g})"
+    return text if len(set(values)) == 1 else f"{text} ({statistics.stdev(values):.2g})"
 
 
 def draw(folder: Path, seed: int):
