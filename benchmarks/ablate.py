@@ -482,11 +482,15 @@ def _shown(values: list[float]) -> str:
 
 
 def draw(folder: Path, seed: int):
-    """images/mappings.png: the first samples of every row, the same noise for all GANs."""
-    files = {name: folder / name / f"seed-{seed}" / "four.npy" for name in ROWS}
-    rows = {name: np.load(file) for name, file in files.items() if file.exists()}
-    picture = HERE.parent / "images/mappings.png"
-    runtime.save_figure(picture, lambda: figures.side_by_side(rows))
+    """images/mappings.png and variants.png: every row's first samples, of the same noise."""
+    names = list(ROWS)
+    others = names.index("logits") + 1
+    for picture, part in {"mappings": names[:others], "variants": names[others:]}.items():
+        files = {name: folder / name / f"seed-{seed}" / "four.npy" for name in part}
+        rows = {name: np.load(file) for name, file in files.items() if file.exists()}
+        if rows:
+            path = HERE.parent / f"images/{picture}.png"
+            runtime.save_figure(path, lambda rows=rows: figures.side_by_side(rows))
 
 
 def main(arguments: argparse.Namespace):
