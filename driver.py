@@ -41,7 +41,7 @@ def main(arguments):
     settings = (f"{k}={v}" for k, v in config.to_dict().items() if v != "")
     runtime.say(f"config: {' '.join(settings)}")
     runtime.say(f"device: {device}, {config.precision} precision")
-    runtime.check_writable(Path(config.out or "runs"))
+    runtime.check_out(config)
     data = processes.first_then_all(lambda: open_data(config))
     train.check_enough(data)
     folder, first = processes.first(
@@ -54,10 +54,13 @@ def main(arguments):
         results = processes.first(
             lambda: {s: finished(folder, s) for s in sorted(known | set(seeds))}
         )
-        for seed in seeds:
-            if results[seed]["status"] == "unfinished":
-                results[seed] = one_run(folder, config, seed, data)
-                processes.first(lambda: publish(folder, results, seeds, data, config))
+        waiting = [seed for seed in seeds if results[seed]["status"] == "unfinished"]
+        for seed in waiting:
+            results[seed] = one_run(folder, config, seed, data)
+            processes.first(lambda: publish(folder, results, seeds, data, config))
+        if not waiting and processes.is_first():
+            write_results(folder, results, seeds)
+            print_table(folder, results)
         processes.first(lambda: conclude(folder, results, seeds, data, config))
 
 
@@ -162,11 +165,10 @@ def print_table(folder: Path, results: dict[int, dict]):
 
 
 def conclude(folder: Path, results: dict[int, dict], seeds: range, data: Data, config: Config):
-    """All runs and where to look; exit 6 if no run came through."""
+    """Say where to look; exit 6 if no run came through."""
     write_results(folder, results, seeds)
     if not (folder / "report.html").exists():
         predict.save_report(folder, data, config.device)
-    print_table(folder, results)
     best = runtime.read_json(folder / "results.json")["best"]
     if best is None:
         raise UserError(Exit.DIVERGED, f"no run of {folder} came through; see its run.log")

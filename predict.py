@@ -379,14 +379,19 @@ def write_slices(folder: Path, parts: Iterator[Tensor]):
     runtime.say(f"{count} slices and grid.png in {folder}")
 
 
+def place_for(arguments, parent: Path, name: str) -> Path:
+    """--out, or a new folder: pictures of two commands do not mix."""
+    return Path(arguments.out) if arguments.out else runtime.new_folder(parent, name)
+
+
 def generate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 1)
-    folder, n = Path(arguments.out or run.folder / "generated"), arguments.n
     check_level(run, arguments.level)
     if arguments.volume:
         if arguments.level != "sweep":
             raise UserError(Exit.USAGE, "--volume stacks a --level sweep: give both")
-        check_n(n, 2)
+        check_n(arguments.n, 2)
+    folder, n = place_for(arguments, run.folder, "generated"), arguments.n
     if arguments.level == "sweep":
         levels, images = run.sweep(n, arguments.seed)
         write_slices(folder, iter([images]))
@@ -407,7 +412,7 @@ def generate_command(run: TrainedRun, arguments):
 def interpolate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 2)
     check_level(run, arguments.level)
-    folder = Path(arguments.out or run.folder / "interpolated")
+    folder = place_for(arguments, run.folder, "interpolated")
     steps, images = run.walk(arguments.n, arguments.seed, arguments.level)
     write_slices(folder, iter([images]))
     write_strip(folder, images, [f"{v:.2f}" for v in steps.tolist()], run.stamp)
@@ -445,7 +450,7 @@ def reconstruct_command(run: TrainedRun, arguments):
     slices = read_slices(arguments.data, replace(run.config, **given))
     images = torch.from_numpy(slices)[:, None].float() / 255
     maps, outputs = run.reconstruct(images)
-    folder = Path(arguments.out or run.folder / "reconstructed")
+    folder = place_for(arguments, run.folder, "reconstructed")
     write_slices(folder, iter([outputs]))
     similarity = metrics.ssim(images, outputs)
     runtime.say(f"SSIM {similarity.mean():.4f} (sd {similarity.std(correction=0):.4f})")

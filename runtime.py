@@ -228,7 +228,7 @@ def _ending(main) -> Exit:
         if processes.count() > 1:
             command = "the same torchrun command"
         if processes.is_first():
-            say(f"stopped by {end}; saved. To continue: {command}", stream=sys.stderr)
+            say(f"stopped by {end}. To continue: {command}", stream=sys.stderr)
         return end.code
     except FloatingPointError as problem:
         return _fail(Exit.DIVERGED, f"{problem}; nothing was written")
@@ -760,17 +760,7 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
     if config.out:
         folder, seed = Path(config.out), config.seed
         if (folder / "config.json").exists():
-            found = read_json(folder / "config.json")
-            if {key: found.get(key) for key in mine} != mine:
-                wrong = [
-                    f"{k} is {_differing(found.get(k), v)}"
-                    for k, v in mine.items()
-                    if found.get(k) != v
-                ]
-                raise UserError(
-                    Exit.CHECKPOINT,
-                    f"{folder} holds another run: {'; '.join(wrong)}. Choose another --out",
-                )
+            found = _unless_another(folder, mine)
             return folder, seed if seed_given else found["seed"]
         if folder.is_dir() and any(is_foreign(p.name) for p in folder.iterdir()):
             raise UserError(Exit.BUSY, f"{folder} holds other files; choose another --out")
@@ -789,6 +779,33 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
         folder = new_folder(Path("runs"), name)
     write_json(folder / "config.json", {**mine, "seed": seed, "preset": config.preset})
     return folder, seed
+
+
+def check_out(config: Config):
+    """Raise UserError before data are made if `--out` cannot take this run: exit 4 or 7."""
+    folder = Path(config.out or "runs")
+    check_writable(folder)
+    if config.out and (folder / "config.json").exists():
+        _unless_another(folder, {"config": config.identity()})
+
+
+def _unless_another(folder: Path, mine: dict) -> dict:
+    """config.json of a results folder. UserError (exit 4) if it differs from `mine`."""
+    found = read_json(folder / "config.json")
+    if "stamp" in found:
+        raise UserError(
+            Exit.CHECKPOINT,
+            f"{folder} is the folder of one seed; give the results folder, {folder.parent}",
+        )
+    wrong = [
+        f"{k} is {_differing(found.get(k), v)}" for k, v in mine.items() if found.get(k) != v
+    ]
+    if wrong:
+        raise UserError(
+            Exit.CHECKPOINT,
+            f"{folder} holds another run: {'; '.join(wrong)}. Choose another --out",
+        )
+    return found
 
 
 def is_foreign(name: str) -> bool:

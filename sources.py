@@ -28,7 +28,8 @@ LAYOUTS = """accepted are folders that hold, at any depth,
     sub-01_..., or one folder per subject), with or without train/validate/test folders;
   OASIS-1 sessions (OAS1_*/PROCESSED/MPRAGE/T88_111/*_t88_masked_gfc.hdr with .img);
   NIfTI volumes (*.nii, *.nii.gz), as in OASIS-3, BIDS or neurite trees.
-Segmentations do not count. Without --data the embedded set is used."""
+Segmentations do not count."""
+SHEETS = ("grid.png", "strip.png", "comparison.png")  # of predict.py, beside its slices
 
 
 @dataclass
@@ -147,6 +148,8 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
                 ignored["devices and pipes"] += 1
             elif segmentation:
                 ignored["segmentations"] += 1
+            elif entry.name in SHEETS:
+                ignored["contact sheets"] += 1
             else:
                 yield name
 

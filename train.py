@@ -255,10 +255,19 @@ def seeded(seed: int, network: int, make: Callable):
 def require(run: Run, name: str, kimg: float):
     """Raise UserError (exit 4) unless stage `name` of this run is done."""
     path = run.path(f"{name}_last.pt")
+    require_file(path, name)
     values = runtime.load_checkpoint(path, stage=name, **run.fingerprint())
     if values["nimg"] < kimg * 1000:
         raise UserError(
             Exit.CHECKPOINT, f"{path}: stage {name} is not finished; run --stage {name} again"
+        )
+
+
+def require_file(path: Path, stage: str):
+    if not path.exists():
+        raise UserError(
+            Exit.CHECKPOINT,
+            f"{path}: no such file; run --stage {stage} first, with this --out",
         )
 
 
@@ -411,6 +420,7 @@ def trained_vqvae(run: Run) -> VQVAE:
 
 def extract_codes(run: Run):
     """Write `codes.npy` (slices, 64, 64) uint16, all splits, and `codes.pt`, the code map."""
+    require_file(run.path("vqvae_best.pt"), "vqvae")
     weights = runtime.checksum(run.path("vqvae_best.pt"))
     if processes.first(lambda: codes_are_current(run, weights)):
         return
@@ -543,6 +553,7 @@ class Gan:
 
     def __init__(self, run: Run):
         config, self.run = run.config, run
+        require_file(run.path("codes.pt"), "codes")
         values = runtime.load_checkpoint(
             run.path("codes.pt"), stage="codes", **run.fingerprint()
         )
@@ -848,7 +859,7 @@ def main(arguments):
     config = config_from(arguments)
     runtime.choose_device(config.device)
     check_shares(config)
-    runtime.check_writable(Path(config.out or "runs"))
+    runtime.check_out(config)
     data = processes.first_then_all(lambda: open_data(config))
     check_enough(data)
     folder, seed = processes.first(

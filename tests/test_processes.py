@@ -112,7 +112,7 @@ def test_two_processes_continue_bit_for_bit(together, slices, tmp_path):
         process.send_signal(signal.SIGTERM)
         code, _, err = finish(process)
         assert code != 0
-        stopped += "stopped by SIGTERM; saved" in err
+        stopped += "stopped by SIGTERM. To continue: the same torchrun command" in err
     assert stopped == 2
     code, out, err = finish(torchrun(2, "train.py", *options, cwd=tmp_path))
     assert code == 0 and "continuing at" in out, err

@@ -40,8 +40,8 @@ def test_the_driver_writes_what_the_readme_lists(finished):
     assert [run["rank"] for run in results["runs"]] == [
         1 + (run["folder"] != results["best"]) for run in results["runs"]
     ]
-    # The table, after each run and at the end.
-    assert len(re.findall("^seed 0: done", done.stdout, re.M)) == 3
+    # The table, after each run.
+    assert len(re.findall("^seed 0: done", done.stdout, re.M)) == 2
     assert len(re.findall("^seed 1: unfinished", done.stdout, re.M)) == 1
     assert "24 subjects" in done.stdout and "warning" not in done.stderr
     assert not [p for p in where.rglob("*") if "tmp" in p.name]
@@ -349,3 +349,33 @@ def test_no_terminal_no_display_and_plain_ascii(slices, tmp_path):
         LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0", MPLBACKEND="TkAgg", DISPLAY="",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_pictures_of_two_commands_do_not_mix(finished, tmp_path):
+    """Without --out each call has a folder of its own; contact sheets are no slices."""
+    where, _ = finished
+    seed = where / "out" / "seed-0"
+    for n in (5, 2):
+        done = script("predict.py", "generate", "out/seed-0", "--n", n, cwd=where)
+        assert done.returncode == 0, done.stderr
+    folders = sorted(seed.glob("generated*"), key=lambda p: p.stat().st_mtime)[-2:]
+    assert [len(list(p.glob("0*.png"))) for p in folders] == [5, 2]
+    names = ["reconstruct", "out/seed-0", "--data", folders[1], "--out", tmp_path / "back"]
+    done = script("predict.py", *names, cwd=where)
+    assert done.returncode == 0 and "2 slices and grid.png" in done.stdout, done
+
+
+def test_a_folder_of_another_run_is_refused_before_data_are_made(finished):
+    where, _ = finished
+    options = ["--subjects", 3, 2, 2, "--cache", "elsewhere"]
+    for out, words in (("out", "holds another run"), ("out/seed-0", "folder of one seed")):
+        done = script("driver.py", "--out", out, *options, cwd=where)
+        assert done.returncode == 4 and words in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1 and not (where / "elsewhere").exists()
+
+
+def test_a_stage_without_the_one_before_says_which(slices, tmp_path):
+    for stage, first in (("codes", "--stage vqvae"), ("dcgan", "--stage codes")):
+        options = ["--stage", stage, "--data", slices, "--out", "out", *SMALL]
+        done = script("train.py", *options, cwd=tmp_path)
+        assert done.returncode == 4 and f"run {first} first" in done.stderr, done.stderr
