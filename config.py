@@ -132,7 +132,7 @@ class Config:
     )
     lr: float = option(3e-3, "Adam's learning rate, VQ-VAE", low=1e-8, high=1)
     schedule: str = option(
-        "cosine", "learning rate of both stages over time", choices=("cosine", "constant")
+        "cosine", "learning rate of each stage over time", choices=("cosine", "constant")
     )
     batch_size: int = option(32, "slices per step", low=1, high=65536)
     vqvae_kimg: float = option(
@@ -164,7 +164,9 @@ class Config:
     ema_kimg: float = option(
         5.0, "half-life of the generator's weight average, thousands of maps", low=0, high=1e5
     )
-    gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
+    gan_batch_size: int = option(
+        32, "maps per step, and crops of the denoiser's", low=1, high=65536
+    )
     gan_kimg: float = option(
         120.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
@@ -173,6 +175,14 @@ class Config:
         False,
         "end a run whose samples have become nearly alike; it counts as diverged",
         identity=False,
+    )
+
+    # Denoiser (Karras et al. 2022, arXiv:2206.00364)
+    denoiser_kimg: float = option(
+        48.0,
+        "training length in thousands of crops of 32x32 cells seen; 0: none",
+        low=0,
+        high=1e7,
     )
 
     # Evaluation
@@ -219,18 +229,21 @@ def _plain(value):
 PRESETS = {
     "quick": {},
     "smoke": {
-        "subjects": (10, 2, 2), "vqvae_kimg": 1.0, "gan_kimg": 2.0, "samples": 64,
+        "subjects": (10, 2, 2), "vqvae_kimg": 1.0, "gan_kimg": 2.0,
+        "denoiser_kimg": 1.0, "samples": 64,
     },
-    "long": {"vqvae_kimg": 40.0, "gan_kimg": 360.0},
+    "long": {"vqvae_kimg": 40.0, "gan_kimg": 360.0, "denoiser_kimg": 110.0},
     "full": {
         "widths": (64, 32), "residual_blocks": 2, "vqvae_kimg": 400.0,
-        "gan_widths": (128, 64), "gan_kimg": 2000.0, "batch_size": 64,
+        "gan_widths": (128, 64), "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
+        "batch_size": 64,
     },
     "classic": {
         "upsampling": "bilinear", "codebook": "loss", "reconstruction": "mse", "lr": 1e-3,
         "schedule": "constant", "batch_size": 128, "vqvae_kimg": 192.0, "order": "raw",
         "gan_loss": "bce", "gan_widths": (128, 64), "map_channels": 3, "gan_beta1": 0.5,
         "gan_lr": 2e-4, "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0.0,
+        "denoiser_kimg": 0.0,
     },
 }  # fmt: skip
 
@@ -280,6 +293,7 @@ SECTIONS = {
     "strict": "data",
     "codes": "VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937)",
     "order": "DCGAN (Radford et al. 2016, arXiv:1511.06434)",
+    "denoiser_kimg": "denoiser (Karras et al. 2022, arXiv:2206.00364)",
     "samples": "evaluation and arithmetic",
 }
 

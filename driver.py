@@ -4,7 +4,7 @@
 as `--data PATH`, or write it below. The same command again continues where it stopped.
 """
 
-from config import Config, Exit, Parser, UserError, add_options, config_from
+from config import Config, Exit, Parser, UserError, add_options, config_from, flags
 
 DATA_PATH = None  # for example "keras_png_slices_data"; None is the embedded set
 
@@ -16,6 +16,7 @@ if __name__ == "__main__":  # a mistyped flag must not wait for torch
     ARGUMENTS = PARSER.parse_args()
 
 import math
+import shlex
 import statistics
 import time
 from pathlib import Path
@@ -38,8 +39,8 @@ def main(arguments):
     config = config_from(arguments)
     device = runtime.choose_device(config.device)
     train.check_shares(config)
-    settings = (f"{k}={v}" for k, v in config.to_dict().items() if v != "")
-    runtime.say(f"config: {' '.join(settings)}")
+    given = shlex.join(flags(config)) or "all defaults"
+    runtime.say(f"settings: {given} (every one: config.json, in the run's folder)")
     runtime.say(f"device: {device}, {config.precision} precision")
     runtime.check_out(config)
     data = processes.first_then_all(lambda: open_data(config))
@@ -58,17 +59,19 @@ def main(arguments):
         for seed in waiting:
             results[seed] = one_run(folder, config, seed, data)
             processes.first(lambda: publish(folder, results, seeds, data, config))
-        if not waiting and processes.is_first():
-            write_results(folder, results, seeds)
-            print_table(folder, results)
-        processes.first(lambda: conclude(folder, results, seeds, data, config))
+        if not waiting:
+            processes.first(lambda: publish(folder, results, seeds, data, config))
+        processes.first(lambda: conclude(folder))
 
 
 def publish(folder: Path, results: dict[int, dict], seeds: range, data: Data, config: Config):
-    """results.json, the table of all runs so far, and report.html."""
+    """results.json, the table of all runs so far, and report.html unless it shows them all."""
     write_results(folder, results, seeds)
     print_table(folder, results)
-    predict.save_report(folder, data, config.device)
+    page = folder / "report.html"
+    ended = [path.stat().st_mtime_ns for path in folder.glob("seed-*/run.log")]
+    if not page.exists() or page.stat().st_mtime_ns < max(ended, default=0):
+        predict.save_report(folder, data, config.device)
 
 
 def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
@@ -164,11 +167,8 @@ def print_table(folder: Path, results: dict[int, dict]):
         runtime.say(f"seed {seed}: {result['status']} {shown}{mark}")
 
 
-def conclude(folder: Path, results: dict[int, dict], seeds: range, data: Data, config: Config):
+def conclude(folder: Path):
     """Say where to look; exit 6 if no run came through."""
-    write_results(folder, results, seeds)
-    if not (folder / "report.html").exists():
-        predict.save_report(folder, data, config.device)
     best = runtime.read_json(folder / "results.json")["best"]
     if best is None:
         raise UserError(Exit.DIVERGED, f"no run of {folder} came through; see its run.log")

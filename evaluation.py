@@ -24,7 +24,7 @@ from config import Exit, UserError
 from dataset import BrainSlices, Data, evenly
 from modules import generator_of
 
-PART = 256  # slices in memory at a time
+PART = 128  # slices in memory at a time
 LARGE = 2**22  # bytes of features that stay in memory: some 6,000 slices
 CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 

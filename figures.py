@@ -66,15 +66,22 @@ PANELS = {
               log=True, ideal=1),
         Panel("diversity (dashed: as diverse as real maps)", {"diversity": ""}, ideal=1),
     ),
+    "denoiser": (
+        Panel("loss, crops of training maps", {"loss": ""}, log=True, noisy=True),
+        Panel("loss, validation maps", {"loss_validation": ""}, log=True),
+        Panel("learning rate", {"lr": ""}),
+        Panel("crops per second", {"images_per_s": ""}),
+    ),
 }  # fmt: skip
 
 
 def curves(rows: list[dict], stage: str, stamp: str = "") -> Figure:
-    """What training measured, by log.csv; stage: "vqvae" or "dcgan", other rows are ignored."""
+    """What training measured, by log.csv; stage: a key of PANELS, other rows are ignored."""
     rows = [row for row in rows if row.get("stage", stage) == stage]
     fig = _figure(11, 6.8, stamp, layout="constrained")
     for ax, panel in zip(fig.subplots(2, 2).flat, PANELS[stage], strict=True):
-        _style(ax, panel.title, f"thousands of {'slices' if stage == 'vqvae' else 'maps'} seen")
+        seen = {"vqvae": "slices", "dcgan": "maps", "denoiser": "crops"}[stage]
+        _style(ax, panel.title, f"thousands of {seen} seen")
         for (column, label), colour in zip(panel.columns.items(), COLOURS, strict=False):
             x, y = _column(rows, "nimg") / 1000, _column(rows, column)
             _curve(ax, x, y, panel.noisy, color=colour, label=label)

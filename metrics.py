@@ -349,7 +349,7 @@ def distance_to_nearest(x, bank) -> np.ndarray:
 
     The bank may be a memory map larger than memory: it is looked at part by part.
     """
-    x, parts = as_features(x), np.array_split(np.arange(len(bank)), math.ceil(len(bank) / 4096))
+    x, parts = as_features(x), np.array_split(np.arange(len(bank)), math.ceil(len(bank) / 1024))
     found = (as_features(bank[part[0] : part[-1] + 1], "bank") for part in parts)
     return np.min([_distances(x, part).min(1) for part in found], 0)
 

@@ -1,4 +1,4 @@
-"""The two networks and what lies between them: VQ-VAE, code map, DCGAN, and their losses.
+"""The networks and what lies between them: VQ-VAE, code map, DCGAN, denoiser; their losses.
 
 Pure: tensors in, tensors out. No files, no devices, no surprises in `forward`: a quantiser
 returns its statistics, and whoever trains it calls `update`. Only the networks' first weights
@@ -10,10 +10,12 @@ come from torch's global random state.
 
 Dimensions: B batch, H W pixels, h w code-map cells, D code dimension, K codes, U used codes,
 N = B*h*w positions, A channels before the quantiser, C channels of GAN space, Z noise, L level
-features.
+features, E features of the strength of noise.
 """
 
+import functools
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -387,11 +389,21 @@ class CodeMap(nn.Module):
         ranks = self.rank[indices]                                        # (B, h, w)
         return F.embedding(ranks, self.points).permute(0, 3, 1, 2)        # (B, C, h, w)
 
-    def decode(self, u: Tensor, stretch: bool = False) -> Tensor:
+    def spread(self, u: Tensor) -> Tensor:
+        """Bins: (B, C, h, w) -> (B, 1, h, w), each sample over all of (-1, 1).
+
+        As the original recipe does. Coordinates are left as they are.
+        """
+        if not self.even:
+            return u
+        u = u.mean(1, True)                                               # (B, 1, h, w)
+        low, high = u.amin((2, 3), True), u.amax((2, 3), True)            # (B, 1, 1, 1)
+        return (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
+
+    def decode(self, u: Tensor) -> Tensor:
         """(B, C, h, w) -> index maps (B, h, w): the used code nearest to each cell.
 
-        stretch: first spread each sample over (-1, 1), as the original recipe does. Copies of a
-        single channel are averaged. Raises FloatingPointError if u is not finite.
+        Copies of a single channel are averaged. Raises FloatingPointError if u is not finite.
         """
         if not torch.isfinite(u).all():
             raise FloatingPointError("the generator's output is not finite")
@@ -401,9 +413,6 @@ class CodeMap(nn.Module):
             ranks = nearest_row(cells, self.points).view(len(u), *u.shape[2:])
             return self.used[ranks]                                       # (B, h, w)
         u, U = u.mean(1), len(self.used)                                  # (B, h, w)
-        if stretch:
-            low, high = u.amin((1, 2), True), u.amax((1, 2), True)        # (B, 1, 1)
-            u = (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
         ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)        # +1: the last bin
         return self.used[ranks]                                           # (B, h, w)
 
@@ -575,6 +584,125 @@ def gradient_penalty(discriminator: nn.Module, u: Tensor, level: Tensor) -> Tens
     return gradient.square().sum((1, 2, 3))                               # (B,)
 
 
+# --- denoiser -----------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """What a map was before noise was added: D(x; sigma) of Karras et al. 2022.
+
+    (arXiv:2206.00364, eq. 7, with the preconditioning of table 1, column "ours", sigma_data 1.)
+    It judges cells by their neighbours, which a discriminator of whole maps hardly does. It is
+    told neither slice level nor place: where things lie is the generator's business.
+
+    x is in units of `sd`, the standard deviation of real maps about `mean`.
+    """
+
+    LEAST, MOST = 0.1, 2.0  # sigma: known noise, trained and restored from
+    STEPS = 4
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("sd", torch.ones(()))
+        w, E = 32, 32
+        self.register_buffer("octaves", 2.0 ** torch.linspace(-1, 3, 8), persistent=False)
+        self.embed = nn.Sequential(nn.Linear(16, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.first = nn.Conv2d(channels, w, 3, padding=1)
+        down, up = nn.Conv2d, nn.ConvTranspose2d
+        self.down = nn.ModuleList([down(w, 2 * w, 4, 2, 1), down(2 * w, 2 * w, 4, 2, 1)])
+        self.up = nn.ModuleList([up(2 * w, 2 * w, 4, 2, 1), up(2 * w, w, 4, 2, 1)])
+        widths = (w, 2 * w, 2 * w, 2 * w, 2 * w, w)
+        self.blocks = nn.ModuleList([NoisyBlock(width, E) for width in widths])
+        self.last = nn.Conv2d(w, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def fit(self, u: Tensor):
+        """Take mean and standard deviation from real maps (B, C, h, w)."""
+        self.mean.copy_(u.mean((0, 2, 3))[:, None, None])
+        self.sd.copy_((u - self.mean).square().mean().sqrt().clamp_min(1e-6))
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
+        angles = sigma.log()[:, None] * self.octaves * (math.pi / 4)      # (B, 8)
+        e = self.embed(torch.cat([angles.sin(), angles.cos()], 1))        # (B, E)
+        sigma = sigma[:, None, None, None]
+        size = (1 + sigma.square()).sqrt()                                # of x
+        full = self.blocks[0](self.first(x / size), e)                    # (B, w, h, w)
+        half = self.blocks[1](self.down[0](full), e)                      # (B, 2w, h/2, w/2)
+        y = self.blocks[3](self.blocks[2](self.down[1](half), e), e)      # (B, 2w, h/4, w/4)
+        y = self.blocks[4](self.up[0](y) + half, e)
+        y = self.blocks[5](self.up[1](y) + full, e)
+        return x / size.square() + self.last(F.silu(y)).float() * sigma / size
+
+    def restore(self, u: Tensor, z: Tensor) -> Tensor:
+        """Generated maps u (n, C, 64, 64) of noise z (n, Z), their cells made to fit together.
+
+        As SDEdit (Meng et al. 2022, arXiv:2108.01073): enough noise to drown what is wrong,
+        then down to none by Heun's method (Karras et al., algorithm 1). The noise added is a
+        fixed function of z, white in each sample and independent between samples of independent
+        z, so that a sample is still a function of z, and a smooth one.
+        """
+        x = (u - self.mean) / self.sd + self.MOST * grain_of(z, *u.shape[1:])
+        rho = 7  # eq. 5
+        ends = self.MOST ** (1 / rho), self.LEAST ** (1 / rho)
+        sigmas = [*(torch.linspace(*ends, self.STEPS) ** rho).tolist(), 0.0]
+        for now, then in pairwise(sigmas):
+            slope = (x - self(x, x.new_full((len(x),), now))) / now
+            ahead = x + (then - now) * slope
+            if then > 0:
+                after = (ahead - self(ahead, x.new_full((len(x),), then))) / then
+                ahead = x + (then - now) * (slope + after) / 2
+            x = ahead
+        return x * self.sd + self.mean
+
+
+def grain_of(z: Tensor, *shape: int) -> Tensor:
+    """White noise (n, *shape) of unit variance that is a linear function of z (n, Z) / |z|."""
+    basis = _grain(z.shape[1], *shape).to(z.device)                       # (Z, *shape)
+    return torch.einsum("nz,z...->n...", F.normalize(z), basis)           # (n, *shape)
+
+
+@functools.lru_cache(maxsize=1)
+def _grain(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator_of(GRAIN))
+
+
+class NoisyBlock(nn.Module):
+    """A residual block that knows how much noise there is; at its start, the identity."""
+
+    def __init__(self, width: int, embedding: int):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(8, width)
+        self.noise = nn.Linear(embedding, 2 * width)
+        self.last = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        gain, shift = self.noise(e)[:, :, None, None].chunk(2, 1)         # (B, width, 1, 1)
+        y = self.norm(self.first(F.silu(x))) * (1 + gain) + shift
+        return x + self.last(F.silu(y))
+
+
+def denoising_loss(denoiser: Denoiser, u: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Squared error (B,) of real maps u (B, C, h, w) found again under sigma (B,) * noise.
+
+    Karras et al. 2022, eq. 8, its weight making each sigma count alike.
+    """
+    x, s = (u - denoiser.mean) / denoiser.sd, sigma[:, None, None, None]
+    error = (denoiser(x + s * noise, sigma) - x).square().mean((1, 2, 3))
+    return error * (1 + sigma.square()) / sigma.square()
+
+
+def make_denoiser(config: Config) -> Denoiser:
+    channels = config.map_channels if config.order == "coordinates" else 1
+    return Denoiser(channels)
+
+
 # --- generation ---------------------------------------------------------------------------
 
 
@@ -589,7 +717,7 @@ def generator_of(*path: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 
 
-SAMPLE = 1000  # the purpose of a generator that makes a sample's noise
+SAMPLE, GRAIN = 1000, 1001  # the purposes of generators: a sample's noise; the denoiser's
 DRAW_BATCH = 32  # samples are drawn in batches of exactly this size
 
 
@@ -618,6 +746,7 @@ def draw(
     level: Tensor,
     stretch: bool = False,
     decode: bool = True,
+    denoiser: Denoiser | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Noise (n, Z) and level (n,) -> index maps (n, h, w) int64, images (n, 1, H, W) or None.
 
@@ -630,7 +759,11 @@ def draw(
         z = F.pad(z, (0, 0, 0, DRAW_BATCH - n)).to(code_map.used.device)  # (32, Z)
         where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)            # (32,)
         u = raise_contrast(generator(z, where), generator.contrast)       # (32, C, h, w)
-        indices = code_map.decode(u, stretch)                             # (32, h, w)
+        if stretch:
+            u = code_map.spread(u)
+        if denoiser is not None:
+            u = denoiser.restore(u.mean(1, True) if code_map.even else u, z)
+        indices = code_map.decode(u)                                      # (32, h, w)
         maps.append(indices[:n].cpu())
         if decode:
             images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)

@@ -106,6 +106,7 @@ if __name__ == "__main__":  # a mistyped flag must not wait for torch
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,7 @@ class TrainedRun:
     device: torch.device
     vqvae: modules.VQVAE
     generator: modules.Generator
+    denoiser: modules.Denoiser | None
     code_map: modules.CodeMap
     levels: Tensor  # (1024,) slice levels distributed as in the training split, or (0,)
     counts: Tensor  # (K,) how often the training split uses each code
@@ -163,7 +165,10 @@ class TrainedRun:
     def draw(self, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Noise (n, Z), levels (n,) in [0,1] or NaN -> index maps and slices, as `sample`."""
         stretch = self.config.gan_loss == "bce"
-        return modules.draw(self.generator, self.code_map, self.vqvae, noise, level, stretch)
+        return modules.draw(
+            self.generator, self.code_map, self.vqvae, noise, level, stretch,
+            denoiser=self.denoiser,
+        )  # fmt: skip
 
     def sweep(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Sample 0 of `seed` from the lowest slice to the highest: levels (n,), slices."""
@@ -185,6 +190,13 @@ class TrainedRun:
         t = steps[:, None]
         noise = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
         return steps, self.draw(noise, where.expand(n))[1]
+
+    @property
+    def trained(self) -> dict[str, float]:
+        """Its stages of training -> how long, in thousands of what they see."""
+        config = self.config
+        stages = {"vqvae": config.vqvae_kimg, "dcgan": config.gan_kimg}
+        return stages | ({"denoiser": config.denoiser_kimg} if self.denoiser else {})
 
     @property
     def conditional(self) -> bool:
@@ -214,7 +226,12 @@ class TrainedRun:
         return self.code_map.rank.cpu()[maps].clamp(min=0).numpy()
 
 
-BEST = {"vqvae": "vqvae_best", "codes": "codes", "generator": "dcgan_best"}
+BEST = {  # part of a run -> its checkpoint
+    "vqvae": "vqvae_best", "codes": "codes", "generator": "dcgan_best",
+    "denoiser": "denoiser_best",
+}  # fmt: skip
+# A checkpoint holds the checksum of the one that it was made with.
+LINKS = {"codes": "vqvae_best", "dcgan_best": "codes", "denoiser_best": "codes"}
 
 
 def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
@@ -225,18 +242,23 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     folder, where = seed_folder(Path(path)), runtime.choose_device(device)
     saved = runtime.read_json(folder / "config.json")
     try:
-        config, seed = Config.from_dict(saved["config"]), saved["config"]["seed"]
+        # What was written before there was a denoiser has none.
+        config = Config.from_dict({"denoiser_kimg": 0.0} | saved["config"])
+        seed = saved["config"]["seed"]
         mine = {"config": config.identity(), "seed": seed, "data": saved["data"]}
         stamp = saved["stamp"]
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(Exit.CHECKPOINT, f"{folder / 'config.json'}: {problem}") from None
     exported = (folder / sharing.WEIGHTS).exists()
-    parts = sharing.load(folder) if exported else load_checkpoints(folder, mine)
+    parts = sharing.load(folder) if exported else load_checkpoints(folder, config, mine)
     networks = {
         "vqvae": modules.make_vqvae(config),
         "generator": modules.make_generator(config),
+        "denoiser": modules.make_denoiser(config) if config.denoiser_kimg else None,
     }
     for name, network in networks.items():
+        if network is None:
+            continue
         file = sharing.WEIGHTS if exported else f"{BEST[name]}.pt"
         runtime.load_weights(network, parts[name], folder / file)
         network.to(where).eval().requires_grad_(False)
@@ -249,23 +271,23 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     )  # fmt: skip
 
 
-def load_checkpoints(folder: Path, mine: dict) -> dict[str, dict]:
+def load_checkpoints(folder: Path, config: Config, mine: dict) -> dict[str, dict]:
     """The best weights of a seed's folder, as `sharing.load`. Raises UserError (exit 4)."""
-    paths = {name: folder / f"{name}.pt" for name in BEST.values()}
+    names = [name for name in BEST.values() if name != "denoiser_best" or config.denoiser_kimg]
+    paths = {name: folder / f"{name}.pt" for name in names}
     values = {
         name: runtime.load_checkpoint(path, stage=name.removesuffix("_best"), **mine)
         for name, path in paths.items()
     }
-    for name, link, target in (
-        ("codes", "vqvae", "vqvae_best"),
-        ("dcgan_best", "codes", "codes"),
-    ):
+    for name in names[1:]:
+        target = LINKS[name]
         with runtime.reading(paths[name]):
-            if values[name][link] != runtime.checksum(paths[target]):
+            if values[name][target.removesuffix("_best")] != runtime.checksum(paths[target]):
                 raise ValueError(f"made with another {paths[target].name}")
     return {
         "vqvae": values["vqvae_best"].get("model"),
         "generator": values["dcgan_best"].get("generator"),
+        "denoiser": values.get("denoiser_best", {}).get("denoiser"),
         "codes": values["codes"],
     }
 
@@ -317,8 +339,9 @@ def save_figures(run: TrainedRun, data: Data, scorer: Scorer, result: dict, rows
     counts = run.counts[run.code_map.used.cpu()].numpy()
     perplexity = modules.perplexity(run.counts)
     drawings = {
-        "curves_vqvae": lambda: figures.curves(rows, "vqvae", stamp),
-        "curves_dcgan": lambda: figures.curves(rows, "dcgan", stamp),
+        f"curves_{stage}": partial(figures.curves, rows, stage, stamp) for stage in run.trained
+    }
+    drawings |= {
         "reconstructions": lambda: figures.reconstructions(
             real[:8], run.ranks(maps[:8]), back[:8], similarity, used, stamp
         ),
@@ -482,11 +505,14 @@ def evaluate_command(run: TrainedRun, arguments):
     check_own(run)
     given = {k: getattr(arguments, k) for k in ("data", "cache", "samples") if k in arguments}
     run.config = replace(run.config, **given)
-    last = runtime.load_checkpoint(run.folder / "dcgan_last.pt", stage="dcgan")
-    if last["nimg"] < run.config.gan_kimg * 1000:
-        raise UserError(
-            Exit.CHECKPOINT, f"{run.folder} is not trained to its end; run driver.py again"
-        )
+    for stage, kimg in run.trained.items():
+        if stage == "vqvae":
+            continue  # without its end there are no index maps
+        last = runtime.load_checkpoint(run.folder / f"{stage}_last.pt", stage=stage)
+        if last["nimg"] < kimg * 1000:
+            raise UserError(
+                Exit.CHECKPOINT, f"{run.folder} is not trained to its end; run driver.py again"
+            )
     results = run.folder.parent
     with runtime.writing_alone(results):
         data = open_data(run.config)

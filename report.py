@@ -162,9 +162,10 @@ def pictures_of(run, data: Data) -> dict:
     """Everything of the best run that is to be seen, as data: URIs in lists and dicts."""
     rows = runtime.Log(run.folder / "log.csv").rows()
     return {
-        "curves": [
-            uri(figures.svg(figures.curves(rows, s)), "svg+xml") for s in ("vqvae", "dcgan")
-        ],
+        "curves": {
+            stage: uri(figures.svg(figures.curves(rows, stage)), "svg+xml")
+            for stage in run.trained
+        },
         "reconstructions": reconstructions(run, data),
         **samples(run, data),
         "sweep": film("level", *run.sweep(FRAMES["sweep"])) if run.conditional else [],

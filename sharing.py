@@ -57,22 +57,23 @@ def export(run, folder: Path):
 def states_of(run) -> dict[str, dict[str, Tensor]]:
     codes = {"used": run.code_map.used, "points": run.code_map.points}
     codes |= {"levels": run.levels, "counts": run.counts}
-    return {
+    states = {
         "vqvae": run.vqvae.state_dict(),
         "generator": run.generator.state_dict(),
         "codes": codes,
     }
+    return states | ({"denoiser": run.denoiser.state_dict()} if run.denoiser else {})
 
 
 def load(folder: Path) -> dict[str, dict]:
-    """The inverse: {"vqvae", "generator", "codes"} -> name -> tensor.
+    """The inverse: {"vqvae", "generator", "denoiser", "codes"} -> name -> tensor.
 
     Raises UserError (exit 4) unless the file is whole and the one that config.json speaks of.
     """
     path = folder / WEIGHTS
     if runtime.read_json(folder / "config.json").get("checksum") != runtime.checksum(path):
         raise UserError(Exit.CHECKPOINT, f"{path} is damaged, or of another config.json")
-    parts = {"vqvae": {}, "generator": {}, "codes": {}}
+    parts = {"vqvae": {}, "generator": {}, "denoiser": {}, "codes": {}}
     try:
         for name, tensor in safetensors.torch.load_file(path).items():
             part, _, rest = name.partition(".")
@@ -126,13 +127,15 @@ def model_card(run) -> str:
         for name, cells in evaluation.generation_rows(g)
     )
     stamp = f"**{run.stamp}**\n\n" if run.stamp else ""
+    and_denoiser = ", and a denoiser that makes their cells fit together" * bool(run.denoiser)
     licence = PRIVATE_LICENCE if run.stamp else EMBEDDED_LICENCE
     return f"""# Brain MRI slices from a codebook: VQ-VAE and DCGAN
 
 {stamp}![Samples 0 to 7 of seed 1]({EXAMPLE})
 
-A VQ-VAE with {c["codes"]} codes, and a DCGAN that draws its index maps: axial slices of 256x256
-of people who do not exist. Preset `{run.config.preset}`, seed {run.seed}; every setting is in
+A VQ-VAE with {c["codes"]} codes, a DCGAN that draws its index maps{and_denoiser}:
+axial slices of 256x256 of people who do not exist. Preset `{run.config.preset}`, seed
+{run.seed}; every setting is in
 `config.json`. `{WEIGHTS}` holds numbers alone: a stranger's file runs no code.
 
 ```python

@@ -1,8 +1,9 @@
-"""The three stages: VQ-VAE, index maps, DCGAN. Each continues exactly where it stopped.
+"""The four stages: VQ-VAE, index maps, DCGAN, denoiser. Each continues where it stopped.
 
 In: a `Config` and the slices of `dataset.open_data`. Out, in one folder per seed:
 `vqvae_best.pt`, `codes.npy` with `codes.pt` (index maps of every slice, uint16, and the code
-map), `dcgan_best.pt`, `log.csv`. Also a script: `python train.py --stage vqvae|codes|dcgan`.
+map), `dcgan_best.pt`, `denoiser_best.pt`, `log.csv`. Also a script: `python train.py --stage
+vqvae|codes|dcgan|denoiser`.
 """
 
 import copy
@@ -16,10 +17,10 @@ from pathlib import Path
 from config import Config, Exit, Parser, UserError, add_options, config_from
 
 if __name__ == "__main__":  # a mistyped flag must not wait for torch
-    PARSER = Parser("Train one stage, or all three. The same command again continues.")
+    PARSER = Parser("Train one stage, or all four. The same command again continues.")
     PARSER.add_argument(
-        "--stage", choices=("all", "vqvae", "codes", "dcgan"), default="all",
-        help="vqvae; codes (needs vqvae); dcgan (needs codes) [all, one after the other]",
+        "--stage", choices=("all", "vqvae", "codes", "dcgan", "denoiser"), default="all",
+        help="vqvae; codes (needs vqvae); dcgan; denoiser (both need codes) [all in turn]",
     )  # fmt: skip
     add_options(PARSER)
     ARGUMENTS = PARSER.parse_args()
@@ -35,13 +36,13 @@ import modules
 import processes
 import runtime
 from dataset import BrainSlices, Data, evenly, open_data, unit_range
-from modules import VQVAE, CodeMap, generator_of
+from modules import VQVAE, CodeMap, Denoiser, generator_of
 
 COLUMNS = (
     "stage", "nimg", "seconds", "images_per_s", "lr",
     "loss", "reconstruction", "commitment", "perplexity", "used_codes", "revived",
     "ssim_validation", "psnr_validation",
-    "g_loss", "d_loss", "r1", "r2", "diversity", "fd_validation",
+    "g_loss", "d_loss", "r1", "r2", "diversity", "fd_validation", "loss_validation",
 )  # fmt: skip
 
 ROWS = 40  # rows of log.csv per stage
@@ -51,10 +52,13 @@ PLAIN = 0.1  # share of the VQ-VAE's steps before its codebook starts from what 
 DETAIL = 2.0  # weight of the strength of detail in the reconstruction loss
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
 COLLAPSED = 0.1  # diversity under which samples are nearly alike, after a quarter of the steps
+CROP_CELLS, DENOISER_LR, DENOISER_HALF_LIFE = 32, 2e-3, 2000  # the last in crops seen
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
+LOWER = {"vqvae": "a lower --lr, or ", "dcgan": "a lower --gan-lr, or "}  # if it diverges
+
 # What a random number is for: with seed and position it makes its generator.
-WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR = range(1, 9)
+WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR, DENOISE = range(1, 10)
 
 
 @dataclass
@@ -182,7 +186,7 @@ class Stage:
                 Exit.DIVERGED,
                 f"{self.name} diverged: {bad[0]} is not finite at step {self.step} "
                 f"({self.nimg} images seen) of seed {self.run.seed}; {self.last.name} is from "
-                "before. Try a lower --lr or --gan-lr, or --precision float32",
+                f"before. Try {LOWER.get(self.name, '')}--precision float32",
             )
 
     def write_row(self, measured: dict, lr: float):
@@ -529,9 +533,6 @@ def level_table(levels: np.ndarray) -> Tensor:
     return torch.from_numpy(quantiles.astype(np.float32))
 
 
-# --- stage 3: DCGAN -----------------------------------------------------------------------
-
-
 def code_map_of(values: dict, config: Config, path: Path) -> CodeMap:
     """The code map of codes.pt. Raises UserError (exit 4) unless it fits the configuration."""
     with runtime.reading(path):
@@ -548,8 +549,11 @@ def code_map_of(values: dict, config: Config, path: Path) -> CodeMap:
         return code_map
 
 
-class Gan:
-    """Both networks, the generator's average, their optimisers, and the maps they learn."""
+class RealMaps:
+    """What stage 2 left: index maps, their code map, their levels.
+
+    Raises UserError (exit 4) unless all of it belongs together.
+    """
 
     def __init__(self, run: Run):
         config, self.run = run.config, run
@@ -567,6 +571,21 @@ class Gan:
         self.maps = Feed(maps, run.device)
         self.levels = torch.from_numpy(run.data.train.levels)
         self.level_table = values["levels"]
+        self.link = {"codes": runtime.checksum(run.path("codes.pt"))}  # for checkpoints
+
+    def real_maps(self, rows: np.ndarray) -> Tensor:
+        """Index maps (n, h, w) int64 of these slices, on the run's device."""
+        return self.maps[rows].long() & 0xFFFF
+
+
+# --- stage 3: DCGAN -----------------------------------------------------------------------
+
+
+class Gan(RealMaps):
+    """Both networks, the generator's average, their optimisers, and the maps they learn."""
+
+    def __init__(self, run: Run):
+        super().__init__(run)
         self.networks()
 
     def networks(self):
@@ -588,10 +607,6 @@ class Gan:
             "G": self.G, "D": self.D, "average": self.average,
             "G_adam": self.G_adam, "D_adam": self.D_adam,
         }  # fmt: skip
-
-    def real_maps(self, rows: np.ndarray) -> Tensor:
-        """Index maps (n, h, w) int64 of these slices, on the run's device."""
-        return self.maps[rows].long() & 0xFFFF
 
     # Of each batch, what is made below is this process's share.
 
@@ -622,15 +637,15 @@ class Gan:
 def train_dcgan(run: Run):
     """Train until `gan_kimg`; `dcgan_best.pt` holds the generator of the best validation FD."""
     config, gan = run.config, Gan(run)
-    link = {"codes": runtime.checksum(run.path("codes.pt"))}
-    stage = Stage(run, "dcgan", config.gan_kimg, config.gan_batch_size, gan.parts(), **link)
+    stage = Stage(run, "dcgan", config.gan_kimg, config.gan_batch_size, gan.parts(), **gan.link)
     monitor = None if stage.done else Monitor(gan)
     while not stage.done:
         lr = stage.lr(config.gan_lr)
         for group in gan.G_adam.param_groups + gan.D_adam.param_groups:
             group["lr"] = lr
         values = dcgan_step(gan, stage.nimg, stage.step)
-        update_average(gan, stage.nimg)
+        half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
+        update_average(gan.average, gan.G, half_life, config.gan_batch_size)
         stage.after_step(values, lambda: monitor.measure(stage), lr)
         if config.stop_collapsed:
             monitor.check_diversity(stage)
@@ -696,17 +711,14 @@ def discriminator_loss(
 
 
 @torch.no_grad()
-def update_average(gan: Gan, nimg: int):
-    """Exponential average of G's weights, its half-life growing with training at first."""
-    config = gan.run.config
-    half_life = min(config.ema_kimg * 1000, 0.05 * nimg)
-    decay = 0.5 ** (config.gan_batch_size / half_life) if half_life > 0 else 0.0
-    pairs = zip(gan.average.parameters(), gan.G.parameters(), strict=True)
-    for average, now in pairs:
-        average.lerp_(now, 1 - decay)
-    for average, now in zip(gan.average.buffers(), gan.G.buffers(), strict=True):
+def update_average(average, network, half_life: float, batch_size: int):
+    """Exponential average of a network's weights; half_life in items seen, 0: no average."""
+    decay = 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
+    for mean, now in zip(average.parameters(), network.parameters(), strict=True):
+        mean.lerp_(now, 1 - decay)
+    for mean, now in zip(average.buffers(), network.buffers(), strict=True):
         if now.is_floating_point():  # BatchNorm's statistics; the rest counts batches
-            average.lerp_(now, 1 - decay)
+            mean.lerp_(now, 1 - decay)
 
 
 class Monitor:
@@ -737,7 +749,10 @@ class Monitor:
 
     @torch.no_grad()
     def measure(self, stage: Stage) -> dict:
-        """diversity, every row: 1 is that of real maps; fd_validation, eight times."""
+        """diversity, every row: 1 is that of real maps; fd_validation, eight times.
+
+        Both of the generator alone: how well it learns is not for a denoiser to hide.
+        """
         gan, config = self.gan, self.gan.run.config
         full = stage.done or stage.step % (stage.every * max(1, ROWS // 8)) == 0
         n = self.n if full else 64
@@ -771,6 +786,7 @@ class Monitor:
     def set_contrast(self):
         """Give samples the strength of detail that reconstructions of the same levels have.
 
+        Before the denoiser, which cannot know what the generator has lost.
         Snapping cells to codes flattens: a cell between two codes, or beyond all, goes inwards.
         Detail is nearly linear in the gain: two trials, and the line through them. What has
         too much detail has grain, which less contrast would smear and not mend: gain 0.
@@ -794,7 +810,93 @@ def mean_distance(u: Tensor) -> float:
     return torch.pdist(u.flatten(1)).mean().item()
 
 
-STAGES = {"vqvae": train_vqvae, "codes": extract_codes, "dcgan": train_dcgan}
+# --- stage 4: denoiser --------------------------------------------------------------------
+
+
+def train_denoiser(run: Run):
+    """Train until `denoiser_kimg`; `denoiser_best.pt` holds the best by validation loss.
+
+    It sees real maps alone, in crops: what neighbours look like is the same everywhere.
+    """
+    config = run.config
+    if config.denoiser_kimg == 0:
+        return
+    real = RealMaps(run)
+    denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config)).to(run.device)
+    some = run.data.train.rows[evenly(len(run.data.train), 128)]
+    denoiser.fit(real.code_map.places(real.real_maps(some)))
+    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    adam = torch.optim.Adam(
+        denoiser.parameters(), lr=DENOISER_LR, betas=(0.9, 0.99), fused=True
+    )
+    parts = {"denoiser": denoiser, "average": average, "adam": adam}
+    stage = Stage(
+        run, "denoiser", config.denoiser_kimg, config.gan_batch_size, parts, **real.link
+    )
+    while not stage.done:
+        lr = stage.lr(DENOISER_LR)
+        for group in adam.param_groups:
+            group["lr"] = lr
+        loss = denoiser_step(denoiser, adam, real, stage)
+        half_life = min(DENOISER_HALF_LIFE, 0.1 * stage.nimg)
+        update_average(average, denoiser, half_life, config.gan_batch_size)
+        stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
+    stage.shown.close()
+
+
+def denoiser_step(denoiser: Denoiser, adam, real: RealMaps, stage: Stage) -> Tensor:
+    """One step on crops of real maps -> the loss, ()."""
+    run, config, n = stage.run, stage.run.config, stage.batch_size
+    mine, draw = processes.share(n), generator_of(stage.run.seed, DENOISE, stage.step)
+    chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
+    maps = real.real_maps(run.data.train.rows[chosen])  # (B, h, w)
+    corners = torch.randint(maps.shape[-1] - CROP_CELLS + 1, (n, 2, 1), generator=draw)
+    cells = sent(corners[mine] + torch.arange(CROP_CELLS), run.device)  # (B, 2, 32)
+    each = torch.arange(len(maps), device=run.device)[:, None, None]
+    u = real.code_map.places(maps[each, cells[:, 0, :, None], cells[:, 1, None, :]])
+    noise = torch.randn((n, *u.shape[1:]), generator=draw)[mine]
+    sigma = sigmas(torch.rand(n, generator=draw)[mine])
+    noise, sigma = sent(noise, run.device), sent(sigma, run.device)
+    with runtime.autocast(run.device, config.precision):
+        loss = modules.denoising_loss(denoiser, u, noise, sigma).mean()
+    adam.zero_grad(set_to_none=True)
+    loss.backward()
+    processes.average_gradients(denoiser, loss)
+    adam.step()
+    return loss
+
+
+def sigmas(share: Tensor) -> Tensor:
+    """Strengths of noise (n,) from shares (n,) in [0, 1) of their range, on a log scale."""
+    return Denoiser.LEAST * (Denoiser.MOST / Denoiser.LEAST) ** share
+
+
+@torch.no_grad()
+def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
+    """Loss on whole validation maps, ten times in a training; keeps the best weights."""
+    if not (stage.done or stage.step % (stage.every * max(1, ROWS // 10)) == 0):
+        return {}
+    validation = stage.run.data.validation
+    rows = evenly(len(validation), 64)
+    mine, losses = processes.share(len(rows)), []
+    maps, code_map = real.real_maps(validation.rows[rows[mine]]), real.code_map
+    # A code that training never used has no place: it gets a wrong one, the same in each look.
+    u = code_map.places(torch.where(code_map.rank[maps] < 0, code_map.used[0], maps))
+    draw = generator_of(stage.run.seed, DENOISE)
+    noise = torch.randn((len(rows), *u.shape[1:]), generator=draw)[mine]
+    sigma = sigmas(torch.linspace(0, 1, len(rows)))[mine]
+    parts = (part.split(32) for part in (u, noise.to(u.device), sigma.to(u.device)))
+    for part in zip(*parts, strict=True):
+        losses.append(modules.denoising_loss(average, *part))
+    loss = processes.gathered(torch.cat(losses)).mean().item()
+    stage.offer(loss, denoiser=average)
+    return {"loss_validation": loss}
+
+
+STAGES = {
+    "vqvae": train_vqvae, "codes": extract_codes, "dcgan": train_dcgan,
+    "denoiser": train_denoiser,
+}  # fmt: skip
 
 
 def run_stages(run: Run, names):
@@ -805,7 +907,7 @@ def run_stages(run: Run, names):
                 STAGES[name](run)
                 runtime.release_memory()
             except Exception as problem:
-                flag = {"vqvae": "batch_size", "dcgan": "gan_batch_size"}.get(name)
+                flag = {"vqvae": "batch_size", "codes": None}.get(name, "gan_batch_size")
                 if flag is None or not runtime.is_out_of_memory(problem):
                     raise
                 half = max(1, getattr(run.config, flag) // 2)

@@ -5,8 +5,9 @@
     python benchmarks/ablate.py --table              # the README's table, from the CSV
 
 RUN is the folder of a finished seed of preset `quick`: its VQ-VAE and index maps are shared by
-all rows. A row is a whole training of about 3 minutes on two cores (40,000 maps of the DCGAN),
-scored as `predict.py evaluate` does. Rows go to `ablation.csv` beside this file, their networks
+all rows. A row is a whole training of about 3 minutes on two cores (40,000 maps of the DCGAN;
+no denoiser, which would hide what a GAN draws, but in the rows that say so), scored as
+`predict.py evaluate` does. Rows go to `ablation.csv` beside this file, their networks
 to `--out`, where a stopped row continues.
 """
 
@@ -59,6 +60,7 @@ from config import Config, Exit, UserError
 from dataset import Data, open_data
 
 KIMG = 40.0  # maps seen per row, thousands
+ALONE = {"gan_kimg": KIMG, "denoiser_kimg": 0.0}
 SECONDS = 180  # of training for the row whose maps are not counted
 
 SCORES = {
@@ -330,10 +332,15 @@ def train_autoregressive(run: train.Run, base: predict.TrainedRun):
 
 
 def train_gan(run: train.Run, base: predict.TrainedRun):
-    """The DCGAN as `train.py` trains it -> the run, seconds, thousands of maps seen."""
+    """The DCGAN as `train.py` trains it -> the run, seconds, thousands of maps seen.
+
+    And the denoiser, where the row has one.
+    """
     with run.signals:
         train.train_dcgan(run)
-    seconds = runtime.load_checkpoint(run.path("dcgan_last.pt"))["seconds"]
+        train.train_denoiser(run)
+    stages = ("dcgan", "denoiser") if run.config.denoiser_kimg else ("dcgan",)
+    seconds = sum(runtime.load_checkpoint(run.path(f"{s}_last.pt"))["seconds"] for s in stages)
     return predict.load_run(run.folder), seconds, run.config.gan_kimg
 
 
@@ -364,9 +371,13 @@ PC1 = {"order": "pc1", **ONE}
 # BCE, BatchNorm in both networks, no slice level, no averaging, the original's learning rate
 BCE = {"gan_loss": "bce", "gan_beta1": 0.5, "gan_lr": 2e-4, "ema_kimg": 0.0}
 
+DENOISED = {"denoiser_kimg": Config.denoiser_kimg}
+
 ROWS = {
-    "coordinates": Row("4 principal coordinates, nearest code (the default)"),
+    "coordinates": Row("4 principal coordinates, nearest code"),
+    "coordinates-denoised": Row("the same, then the denoiser (the default)", DENOISED),
     "pc1": Row("one channel, PC-1 order, even bins", PC1),
+    "pc1-denoised": Row("the same, then a denoiser of that channel", PC1 | DENOISED),
     "quantiles": Row("one channel, PC-1 order, quantile bins", PC1, quantile_places),
     "kohonen": Row("one channel, Kohonen chain, even bins", PC1, kohonen_order),
     "salesman": Row("one channel, travelling-salesman order, even bins", PC1, salesman_order),
@@ -379,9 +390,9 @@ ROWS = {
         "three copies, raw order, even bins, the original's loss and networks",
         {"order": "raw", "map_channels": 3, **BCE},
     ),
-    "no-contrast": Row("the default, contrast not adjusted", train=without_contrast),
-    "no-average": Row("the default, generator not averaged", {"ema_kimg": 0.0}),
-    "augmented": Row("the default, translation and cutout before D", instead=augmented),
+    "no-contrast": Row("coordinates, contrast not adjusted", train=without_contrast),
+    "no-average": Row("coordinates, generator not averaged", {"ema_kimg": 0.0}),
+    "augmented": Row("coordinates, translation and cutout before D", instead=augmented),
     "no-jitter": Row("PC-1 order, real maps not jittered in their bins", PC1, without_jitter),
     "pixels": Row(
         "control: pixels at 64x64, enlarged", {"order": "raw", **ONE}, maps=write_pixels,
@@ -396,7 +407,7 @@ ROWS = {
 def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed: int):
     """A run whose VQ-VAE and index maps are those of `base`, and whose prior is not trained."""
     row = ROWS[name]
-    config = replace(base.config, **{"gan_kimg": KIMG} | row.config)
+    config = replace(base.config, **ALONE | row.config)
     run = train.open_seed(folder, config, seed, data)
     mine = run.fingerprint()
     for file in ("vqvae_best.pt", "vqvae_last.pt"):
@@ -503,9 +514,9 @@ def main(arguments: argparse.Namespace):
     data = open_data(base.config)
     if data.fingerprint != base.fingerprint:
         raise UserError(Exit.CHECKPOINT, f"{base.folder} was trained on other data")
-    if replace(base.config, gan_kimg=KIMG).identity() != Config(gan_kimg=KIMG).identity():
+    if replace(base.config, **ALONE).identity() != Config(**ALONE).identity():
         raise UserError(Exit.CHECKPOINT, f"{base.folder} is not of preset quick")
-    mark = f"{runtime.checksum(base.folder / 'codes.pt'):08x}"
+    mark = f"{runtime.checksum(base.folder / 'codes.npy'):08x}"
     if {row["base"] for row in read_rows()} - {mark}:
         raise UserError(Exit.BUSY, f"{CSV} holds rows of another VQ-VAE: move it away")
     done = {(row["row"], row["seed"]) for row in read_rows()}

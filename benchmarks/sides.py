@@ -232,10 +232,11 @@ def dcgan_plain(here: Inputs):
 
 
 def generate_here(here: Inputs):
-    gan = a_gan(here, here.config, fused=True)
+    gan, denoiser = a_gan(here, here.config, fused=True), modules.make_denoiser(here.config)
     gan.G.eval()
     noise, level = gan.noise(0).repeat(2, 1), gan.levels.repeat(2)
-    return lambda: modules.draw(gan.G, gan.code_map, gan.vqvae, noise, level), len(noise)
+    networks = gan.G, gan.code_map, gan.vqvae
+    return lambda: modules.draw(*networks, noise, level, denoiser=denoiser), len(noise)
 
 
 def transformer_monai(here: Inputs):

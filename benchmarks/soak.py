@@ -46,7 +46,7 @@ DRIVER = (
     "import runpy, sys; sys.path.insert(0, {0!r}); import train; train.CHECKPOINT_EVERY_S = 1; "
     "sys.argv[0] = 'driver.py'; runpy.run_path({0!r} + '/driver.py', run_name='__main__')"
 )
-SAME = ("vqvae_best.pt", "codes.npy", "codes.pt", "dcgan_best.pt", "figures/*.png")
+SAME = ("*_best.pt", "codes.npy", "codes.pt", "figures/*.png")
 
 
 def start(folder: Path, options: list[str]) -> subprocess.Popen:

@@ -74,13 +74,16 @@ def generating(ax, y: float, brain: np.ndarray):
     picture(ax, 66, y, 92, noise_picture(), "100 numbers of\nnoise, slice level", "Greys")
     box(ax, 172, y, 84, 56, "generator", GAN)
     picture(ax, 278, y, 92, quarter(brain), "coordinates\n64 × 64 × 4")
-    box(ax, 378, y, 72, 56, "nearest\ncode", CODES)
-    write(ax, 378, y - 36, "of the\nused ones", va="top", color=FAINT)
+    box(ax, 378, y + 24, 72, 40, "denoiser", GAN)
+    box(ax, 378, y - 24, 72, 40, "nearest\ncode", CODES)
+    arrow(ax, (378, y + 4), (378, y - 4))
     picture(ax, 478, y, 92, quarter(brain), "new index map", MAPS)
     box(ax, 634, y, 120, 56, "look up codes,\ndecode", DECODER)
     picture(ax, 804, y, 92, soften(brain), "new brain")
-    for x0, x1 in [(114, 128), (216, 230), (326, 340), (416, 430), (526, 572), (696, 756)]:
+    for x0, x1 in [(114, 128), (216, 230), (526, 572), (696, 756)]:
         arrow(ax, (x0, y), (x1, y))
+    arrow(ax, (326, y + 24), (340, y + 24))
+    arrow(ax, (416, y - 24), (430, y - 24))
 
 
 def vqvae() -> Figure:

@@ -1,4 +1,4 @@
-"""Training steps of both stages from fixed states, as `python` or as torchrun runs them.
+"""Training steps of all stages from fixed states, as `python` or as torchrun runs them.
 
     python tests/steps.py OUT.pt
     torchrun --nproc_per_node 2 tests/steps.py OUT.pt
@@ -62,8 +62,9 @@ def floats(name: str, module: torch.nn.Module) -> dict:
     return {f"{name}.{k}": v.clone() for k, v in state if v.is_floating_point()}
 
 
-def gan_steps() -> dict:
-    gan = train.Gan.__new__(train.Gan)  # without a run's files
+def without_files() -> train.Gan:
+    """Random maps and their code map, as if a run had made them; no networks yet."""
+    gan = train.Gan.__new__(train.Gan)
     gan.run = SimpleNamespace(
         config=CONFIG, seed=0, device=torch.device("cpu"),
         data=SimpleNamespace(train=slices()),
@@ -74,6 +75,11 @@ def gan_steps() -> dict:
     maps = torch.randint(64, (SLICES, 64, 64), generator=draw).short().numpy()
     gan.maps = train.Feed(maps, gan.run.device)
     gan.levels = torch.from_numpy(gan.run.data.train.levels)
+    return gan
+
+
+def gan_steps() -> dict:
+    gan = without_files()
     gan.networks()
     gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=1e-2)
     gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
@@ -81,7 +87,7 @@ def gan_steps() -> dict:
     before = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
     for step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
         values = train.dcgan_step(gan, 8 * step, step)
-        train.update_average(gan, 8 * step)
+        train.update_average(gan.average, gan.G, 0.05 * 8 * step, 8)
         losses.append([values["d_loss"].item(), values["g_loss"].item()])
         losses[-1] += [values[k].item() if k in values else 0.0 for k in ("r1", "r2")]
     after = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
@@ -89,9 +95,23 @@ def gan_steps() -> dict:
     return moved | {"gan.losses": torch.tensor(losses)}
 
 
+def denoiser_steps() -> dict:
+    gan = without_files()
+    denoiser = train.seeded(0, 3, lambda: modules.make_denoiser(CONFIG))
+    sgd, losses, before = torch.optim.SGD(denoiser.parameters(), lr=1e-2), [], None
+    stage = SimpleNamespace(run=gan.run, batch_size=8, nimg=0, step=0)
+    for stage.step in range(6):
+        if stage.step == 2:  # from here on, gradients reach all layers
+            before = floats("denoiser", denoiser)
+        stage.nimg = 8 * stage.step
+        losses.append(train.denoiser_step(denoiser, sgd, gan, stage).item())
+    moved = {k: v - before[k] for k, v in floats("denoiser", denoiser).items()}
+    return moved | {"denoiser.losses": torch.tensor(losses)}
+
+
 @processes.joined()
 def main(path: str):
-    state = vqvae_steps() | gan_steps()
+    state = vqvae_steps() | gan_steps() | denoiser_steps()
     if processes.is_first():
         torch.save(state, path)
 

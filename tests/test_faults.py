@@ -369,7 +369,12 @@ def test_out_of_memory_is_exit_8_and_says_half_of_the_batch(slices, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [("vqvae", "--batch-size 4"), ("codes", "out of memory"), ("dcgan", "--gan-batch-size 4")],
+    [
+        ("vqvae", "--batch-size 4"),
+        ("codes", "out of memory"),
+        ("dcgan", "--gan-batch-size 4"),
+        ("denoiser", "--gan-batch-size 4"),
+    ],
 )
 def test_every_stage_that_runs_out_of_memory_names_its_own_option(
     stage, words, monkeypatch, capsys
@@ -507,16 +512,17 @@ def without(values, key):
 
 def relink(folder: Path, changed: str):
     """Make the other files belong to a changed one, so that its own fault is what is found."""
-    links = {"vqvae_best.pt": ("codes.pt", "vqvae"), "codes.pt": ("dcgan_best.pt", "codes")}
-    while changed in links:
-        file, link = links[changed]
-        values = runtime.load_checkpoint(folder / file)
-        values[link] = runtime.checksum(folder / changed)
-        runtime.save_checkpoint(folder / file, values)
-        changed = file
+    for name, target in predict.LINKS.items():
+        if f"{target}.pt" == changed:
+            values = runtime.load_checkpoint(folder / f"{name}.pt")
+            values[target.removesuffix("_best")] = runtime.checksum(folder / changed)
+            runtime.save_checkpoint(folder / f"{name}.pt", values)
+            relink(folder, f"{name}.pt")
 
 
-@pytest.mark.parametrize("name", ["vqvae_best.pt", "codes.pt", "dcgan_best.pt"])
+@pytest.mark.parametrize(
+    "name", ["vqvae_best.pt", "codes.pt", "dcgan_best.pt", "denoiser_best.pt"]
+)
 def test_predict_refuses_a_file_that_lacks_a_part_or_holds_another(name, seed):
     path = seed / name
     values = runtime.load_checkpoint(path)
@@ -605,7 +611,7 @@ def test_weights_that_overflow_make_no_picture(seed, slices, tmp_path, monkeypat
     assert not list(tmp_path.glob("x/*"))
 
 
-@pytest.mark.parametrize("where", ["encoder", "codebook", "generator"])
+@pytest.mark.parametrize("where", ["encoder", "codebook", "generator", "denoiser"])
 def test_a_nan_in_memory_makes_no_picture(where, seed, slices, tmp_path, monkeypatch):
     real = predict.load_run
 
@@ -615,6 +621,7 @@ def test_a_nan_in_memory_makes_no_picture(where, seed, slices, tmp_path, monkeyp
             "encoder": run.vqvae.encoder[0].weight,
             "codebook": run.vqvae.quantizer.codebook,
             "generator": next(run.generator.parameters()),
+            "denoiser": run.denoiser.last.weight,
         }[where]
         weights[:] = torch.nan
         return run

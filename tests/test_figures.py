@@ -40,6 +40,7 @@ def every_figure(stamp: str = "") -> dict[str, Figure]:
     return {
         "vqvae": figures.curves(log_rows("vqvae", 100), "vqvae", stamp),
         "dcgan": figures.curves(log_rows("dcgan", 100), "dcgan", stamp),
+        "denoiser": figures.curves(log_rows("denoiser", 100), "denoiser", stamp),
         "reconstructions": figures.reconstructions(x, m, x, [0.9, 0.8, 0.7], 40, stamp),
         "code_histogram": figures.code_histogram(np.arange(1, 41), 30.5, 512, stamp),
         "generated": figures.generated(m, x, 40, columns=2, stamp=stamp),
@@ -106,7 +107,9 @@ def test_curves_of_a_single_row(stage):
 @pytest.mark.parametrize("empty", ["", None])
 def test_curves_leave_out_cells_not_measured(stage, empty):
     rows = log_rows(stage, 9)
-    column = {"vqvae": "ssim_validation", "dcgan": "fd_validation"}[stage]
+    column = {
+        "vqvae": "ssim_validation", "dcgan": "fd_validation", "denoiser": "loss_validation",
+    }[stage]  # fmt: skip
     for row in rows[:7]:
         row[column] = empty
     fig = figures.curves(rows, stage)

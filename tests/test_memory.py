@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 SUBJECTS, TIMES = (40, 4, 4), 10  # of the smaller set; of 32 slices each
 OPTIONS = [
     "--codes", "16", "--widths", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
-    "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2", "--samples", "64",
+    "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2",
+    "--denoiser-kimg", "0.2", "--samples", "64",
 ]  # fmt: skip
 # The driver itself; but its encoder for scores is trained on 640 slices, not 24,000: a minute.
 DRIVER = f"""

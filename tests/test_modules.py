@@ -13,14 +13,17 @@ from config import Config
 from modules import (
     VQVAE,
     CodeMap,
+    Denoiser,
     Discriminator,
     Generator,
     Quantizer,
     UpsampleConv,
     architecture_rows,
+    denoising_loss,
     draw,
     generator_of,
     gradient_penalty,
+    grain_of,
     level_features,
     make_vqvae,
     noise_of,
@@ -245,7 +248,7 @@ def test_stretched_binning_is_the_identity_on_a_map_of_all_used_codes():
     # The stretched range runs from the first bin's middle to the last's: inner codes move by
     # less than one bin, the ends stay.
     u = code_map.encode(maps)
-    back = code_map.decode(u, stretch=True)
+    back = code_map.decode(code_map.spread(u))
     assert (code_map.rank[back] - code_map.rank[maps]).abs().max() <= 1
     assert back[0, 0, 0] == code_map.used[0] and back.max() == code_map.used[-1]
 
@@ -268,11 +271,12 @@ def test_whatever_a_generator_draws_becomes_a_used_code(used, order, stretch, fa
     code_map = CodeMap.fit(torch.randn(30, 5, generator=generator), counts, order, 2)
     u = torch.rand(1, 2, 3, 3, generator=generator) * 2 - 1
     u[0, :, 0] = torch.tensor([-1.0, 1.0, far])
-    drawn = code_map.decode(u, stretch)
+    bins = code_map.spread if stretch else lambda u: u
+    drawn = code_map.decode(bins(u))
     assert (counts[drawn] > 0).all() and drawn.shape == (1, 3, 3)
     u[0, 1, 2, 2] = math.nan
     with pytest.raises(FloatingPointError):
-        code_map.decode(u, stretch)
+        code_map.decode(bins(u))
 
 
 @given(st.lists(st.integers(0, 99), min_size=1, max_size=20).filter(any), st.randoms())
@@ -292,7 +296,7 @@ def test_the_ends_of_tanh_fall_into_the_end_bins():
 
 def test_a_single_used_code_and_a_nan():
     code_map = CodeMap(torch.tensor([7]), torch.zeros(1, 1), 16)
-    assert (code_map.decode(torch.rand(1, 1, 4, 4), stretch=True) == 7).all()
+    assert (code_map.decode(code_map.spread(torch.rand(1, 1, 4, 4))) == 7).all()
     with pytest.raises(FloatingPointError):
         code_map.decode(torch.full((1, 1, 4, 4), math.nan))
     with pytest.raises(ValueError, match="not seen"):
@@ -398,16 +402,97 @@ def test_samples_are_drawn_with_the_generators_contrast():
     assert torch.equal(maps, code_map.decode(u))
 
 
-def test_no_sample_depends_on_the_batch_it_was_drawn_in():
+# An untrained denoiser is the best one for normal numbers: x / (1 + sigma^2).
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_an_untrained_denoiser_knows_normal_numbers(sigma):
+    u, noise, sigma = (
+        torch.randn(8, 4, 32, 32),
+        torch.randn(8, 4, 32, 32),
+        torch.full((8,), sigma),
+    )
+    with torch.no_grad():
+        loss = denoising_loss(Denoiser(4), u, noise, sigma)
+    assert loss.shape == (8,) and loss.mean().item() == pytest.approx(1, abs=0.03)
+
+
+def test_loss_is_zero_for_a_network_that_finds_the_map():
+    denoiser, u, noise = Denoiser(4), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
+    denoiser.fit(3 * torch.randn(4, 4, 8, 8) + 1)
+    denoiser.forward = lambda x, sigma: (u - denoiser.mean) / denoiser.sd
+    assert denoising_loss(denoiser, u, noise, torch.rand(3) + 0.1).max() < 1e-9
+
+
+@pytest.mark.parametrize(("steps", "error"), [(Denoiser.STEPS, 0.1), (6, 0.03), (24, 0.005)])
+def test_restoring_follows_the_equation_of_normal_numbers(steps, error):
+    # dx/dsigma = sigma x / (1 + sigma^2), so that x shrinks by sqrt(1 + sigma^2).
+    denoiser, z = Denoiser(4), torch.randn(6, 100)
+    denoiser.STEPS = steps
+    denoiser.fit(5 + 2 * torch.randn(8, 4, 64, 64))
+    u = 5 + 2 * torch.randn(6, 4, 64, 64)
+    with torch.no_grad():
+        found = (denoiser.restore(u, z) - denoiser.mean) / denoiser.sd
+    x = (u - denoiser.mean) / denoiser.sd + denoiser.MOST * grain_of(z, 4, 64, 64)
+    wanted = x / math.sqrt(1 + denoiser.MOST**2)
+    assert (found - wanted).std() < error * wanted.std()
+
+
+def test_the_noise_of_restoring_is_white_and_follows_z():
+    z = F.normalize(torch.randn(3, 100))
+    z[2] = z[0] + 0.01 * z[1]
+    grain = grain_of(5 * z, 1, 64, 64)  # its length is of no account
+    assert grain.std((1, 2, 3)).sub(1).abs().max() < 0.05
+    next_to = (grain[:, :, 1:] * grain[:, :, :-1]).mean((1, 2, 3))
+    assert next_to.abs().max() < 0.06  # of 4,032 pairs: 4 standard deviations
+    assert (grain[0] - grain[2]).std() < 0.02 < 1 < (grain[0] - grain[1]).std()
+
+
+def some_denoiser(channels: int) -> Denoiser:
+    """As if trained: its network has a say."""
+    denoiser = Denoiser(channels).eval()
+    with torch.no_grad():
+        for layer in (denoiser.last, *(block.last for block in denoiser.blocks)):
+            torch.nn.init.normal_(layer.weight, std=0.05)
+    return denoiser
+
+
+def test_samples_go_through_the_denoiser():
+    code_map, _, _ = some_code_map()
+    model, denoiser = VQVAE(codes=40).eval(), some_denoiser(1)
+    G = Generator(100, 8, 3, classic=False, bounded=True).eval()  # its copies are averaged
+    noise, level = noise_of(range(32), 100, 3, torch.linspace(0, 1, 32))
+    maps, _ = draw(G, code_map, model, noise, level, denoiser=denoiser)
+    with torch.no_grad():
+        u = denoiser.restore(G(noise, level).mean(1, True), noise)
+    assert torch.equal(maps, code_map.decode(u))
+    assert not torch.equal(maps, draw(G, code_map, model, noise, level)[0])
+
+
+def test_what_a_sample_of_bins_is_spread_over_comes_before_the_denoiser():
+    code_map, _, _ = some_code_map()
+    model, denoiser = VQVAE(codes=40).eval(), some_denoiser(1)
+    G = Generator(100, 8, 1, classic=True, bounded=True).eval()
+    noise, level = noise_of(range(32), 100, 3, torch.linspace(0, 1, 32))
+    maps, _ = draw(G, code_map, model, noise, level, stretch=True, denoiser=denoiser)
+    with torch.no_grad():
+        u = denoiser.restore(code_map.spread(G(noise, level)), noise)
+    assert torch.equal(maps, code_map.decode(u))
+
+
+@pytest.mark.parametrize("denoised", [False, True])
+def test_no_sample_depends_on_the_batch_it_was_drawn_in(denoised):
     code_map, _, _ = some_code_map()
     model, G = (
         VQVAE(codes=40).eval(),
         Generator(100, 8, 1, classic=False, bounded=True).eval(),
     )
+    denoiser = some_denoiser(1) if denoised else None
     noise, level = noise_of(range(40), 100, 3, torch.linspace(0, 1, 32))
-    maps, images = draw(G, code_map, model, noise, level)
+    maps, images = draw(G, code_map, model, noise, level, denoiser=denoiser)
     for start, stop in ((0, 1), (5, 12), (31, 40)):
-        again, pictures = draw(G, code_map, model, noise[start:stop], level[start:stop])
+        part = noise[start:stop], level[start:stop]
+        again, pictures = draw(G, code_map, model, *part, denoiser=denoiser)
         assert torch.equal(again, maps[start:stop])
         assert torch.equal(pictures, images[start:stop])
     alone, _ = noise_of(range(17, 18), 100, 3, torch.linspace(0, 1, 32))

@@ -102,21 +102,22 @@ def wait_for(path: Path, rows: int, process):
 
 
 def test_two_processes_continue_bit_for_bit(together, slices, tmp_path):
-    """SIGTERM as a cluster sends it, in either stage; then the same command twice more."""
+    """SIGTERM as a cluster sends it, in three stages; then the same command once more."""
     options = ["--stage", "all", "--data", slices, "--out", "out", *SMALL]
     log = tmp_path / "out" / "seed-0" / "log.csv"
     stopped = 0
-    for rows in (3, 13):
+    for rows in (3, 13, 23):
         process = torchrun(2, "train.py", *options, cwd=tmp_path)
         wait_for(log, rows, process)
         process.send_signal(signal.SIGTERM)
         code, _, err = finish(process)
         assert code != 0
         stopped += "stopped by SIGTERM. To continue: the same torchrun command" in err
-    assert stopped == 2
+    assert stopped == 3
     code, out, err = finish(torchrun(2, "train.py", *options, cwd=tmp_path))
     assert code == 0 and "continuing at" in out, err
-    for name in ("vqvae_last.pt", "dcgan_last.pt", "vqvae_best.pt", "dcgan_best.pt"):
+    stages = ("vqvae", "dcgan", "denoiser")
+    for name in [f"{stage}_{which}.pt" for stage in stages for which in ("last", "best")]:
         mine, whole = (
             torch.load(folder / "out" / "seed-0" / name, weights_only=True)
             for folder in (tmp_path, together[0])

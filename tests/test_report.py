@@ -55,8 +55,9 @@ class Page(HTMLParser):
 def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     """Networks with random weights, as `load_run` gives them, and what a run leaves behind."""
     vqvae, generator = modules.make_vqvae(CONFIG), modules.make_generator(CONFIG)
+    denoiser = modules.make_denoiser(CONFIG)
     draw = torch.Generator().manual_seed(0)
-    for network in (vqvae, generator):
+    for network in (vqvae, generator, denoiser):
         network.eval().requires_grad_(False)
         for weight in [*network.parameters(), vqvae.quantizer.codebook]:
             weight.copy_(torch.randn(weight.shape, generator=draw))  # as made, all is black
@@ -67,13 +68,13 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     runtime.write_json(folder / "config.json", {"config": CONFIG.to_dict()})
     log = runtime.Log(folder / "log.csv", train.COLUMNS)
     log.keep("vqvae", 0)
-    for stage in ("vqvae", "dcgan"):
+    for stage in ("vqvae", "dcgan", "denoiser"):
         log.add(stage=stage, nimg=32, loss=0.5, g_loss=1.0, fd_validation=3.0)
     levels = torch.linspace(0, 1, 1024) if conditional else torch.zeros(0)
-    networks = {"vqvae": vqvae, "generator": generator, "code_map": code_map}
+    networks = {"vqvae": vqvae, "generator": generator, "denoiser": denoiser}
     return predict.TrainedRun(
-        folder, CONFIG, 0, "f", "", torch.device("cpu"), **networks, levels=levels,
-        counts=counts,
+        folder, CONFIG, 0, "f", "", torch.device("cpu"), **networks, code_map=code_map,
+        levels=levels, counts=counts,
     )  # fmt: skip
 
 

@@ -31,8 +31,9 @@ def test_the_driver_writes_what_the_readme_lists(finished):
         assert names >= {
             "config.json", "log.csv", "run.log", "metrics.json", "figures", "codes.npy",
             "codes.pt", "vqvae_best.pt", "vqvae_last.pt", "dcgan_best.pt", "dcgan_last.pt",
+            "denoiser_best.pt", "denoiser_last.pt",
         }  # fmt: skip
-        assert len(list((where / "out" / seed / "figures").glob("*.png"))) == 9
+        assert len(list((where / "out" / seed / "figures").glob("*.png"))) == 10
         maps = np.load(where / "out" / seed / "codes.npy", mmap_mode="r")
         assert maps.dtype == np.uint16 and maps.shape == (128, 64, 64)
     page = (where / "out/report.html").read_text(encoding="utf-8")
@@ -208,7 +209,10 @@ def test_a_moved_folder_still_generates(finished):
         os.rename(where / "moved/elsewhere", where / "out")
 
 
-@pytest.mark.parametrize("name", ["vqvae_best.pt", "codes.pt", "dcgan_best.pt", "config.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["vqvae_best.pt", "codes.pt", "dcgan_best.pt", "denoiser_best.pt", "config.json"],
+)
 def test_predict_refuses_a_damaged_file_and_names_it(finished, name):
     where, _ = finished
     path = where / "out/seed-0" / name
@@ -278,7 +282,7 @@ def test_stages_by_hand_without_out_continue_the_newest_folder(slices, tmp_path)
     options = ["--data", slices, *SMALL]
     early = script("train.py", "--stage", "dcgan", *options, cwd=tmp_path)
     assert early.returncode == 4 and "codes.pt" in early.stderr
-    for stage in ("vqvae", "codes", "dcgan"):
+    for stage in ("vqvae", "codes", "dcgan", "denoiser"):
         done = script("train.py", "--stage", stage, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     folders = [p for p in (tmp_path / "runs").iterdir() if p.name != "cache"]
@@ -375,7 +379,10 @@ def test_a_folder_of_another_run_is_refused_before_data_are_made(finished):
 
 
 def test_a_stage_without_the_one_before_says_which(slices, tmp_path):
-    for stage, first in (("codes", "--stage vqvae"), ("dcgan", "--stage codes")):
+    needs = {"codes": "vqvae", "dcgan": "codes", "denoiser": "codes"}
+    for stage, before in needs.items():
         options = ["--stage", stage, "--data", slices, "--out", "out", *SMALL]
         done = script("train.py", *options, cwd=tmp_path)
-        assert done.returncode == 4 and f"run {first} first" in done.stderr, done.stderr
+        assert done.returncode == 4 and f"run --stage {before} first" in done.stderr, (
+            done.stderr
+        )

@@ -22,9 +22,9 @@ from dataset import BrainSlices, Data
 TINY = Config(
     codes=16, code_dim=8, widths=(4, 4), batch_size=4, vqvae_kimg=0.052,
     gan_widths=(16, 4), gan_batch_size=4, gan_kimg=0.052, penalty_every=4, samples=8,
-    ema_kimg=0.02, device="cpu",
+    ema_kimg=0.02, denoiser_kimg=0.052, device="cpu",
 )  # fmt: skip
-STEPS = 13  # of either stage
+STEPS = 13  # of each training stage
 
 
 def some_data(n: int = 48) -> Data:
@@ -70,7 +70,8 @@ def train_all(run):
 def final_state(run) -> dict:
     """Everything that continuation must reproduce, times aside."""
     state = {}
-    for name in ("vqvae_last", "vqvae_best", "codes", "dcgan_last", "dcgan_best"):
+    stages = ("vqvae", "dcgan", "denoiser")
+    for name in ("codes", *(f"{s}_{w}" for s in stages for w in ("last", "best"))):
         values = torch.load(run.path(f"{name}.pt"), weights_only=True)
         for key in ("seconds", "row_seconds", "vqvae", "codes"):  # times; checksums over times
             values.pop(key, None)
@@ -111,8 +112,11 @@ def expected(uninterrupted):
 
 
 # Step 1, mid-epoch, an epoch's end (24 slices, 4 a step), a stage's end, the same in stage 3;
-# index maps ask once a batch of 64 slices, so 14 is within them.
-@pytest.mark.parametrize("stops", [(1,), (5,), (6, 1), (13,), (14,), (15,), (19, 3), (26,)])
+# index maps ask once a batch of 64 slices, so 14 is within them. And in stage 4.
+STOPS = [(1,), (5,), (6, 1), (13,), (14,), (15,), (19, 3), (26,), (28,), (33, 4), (40,)]
+
+
+@pytest.mark.parametrize("stops", STOPS)
 def test_continuing_gives_the_same_bits(stops, data, expected, tmp_path):
     for stop in stops:
         with pytest.raises(runtime.Interrupted):
@@ -128,7 +132,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     again, other = (a_run(tmp_path, data, seed=seed) for seed in (0, 1))
     for run in (again, other):
         train_all(run)
-    for name in ("vqvae_best.pt", "codes.npy", "codes.pt", "dcgan_best.pt"):
+    best = (f"{stage}_best.pt" for stage in ("vqvae", "dcgan", "denoiser"))
+    for name in ("codes.npy", "codes.pt", *best):
         wanted = uninterrupted.path(name).read_bytes()
         assert again.path(name).read_bytes() == wanted, name
         assert other.path(name).read_bytes() != wanted, name
@@ -155,7 +160,7 @@ def test_30_kills_at_random_moments_lose_nothing(data, uninterrupted, expected, 
         for path in tmp_path.rglob("*.pt"):
             seen.add((path.name, runtime.load_checkpoint(path).get("nimg")))
         if kill == 24:  # by now it may be done: once more from the start
-            assert ("dcgan_last.pt", STEPS * 4) in seen or len(seen) > 5
+            assert ("denoiser_last.pt", STEPS * 4) in seen or len(seen) > 5
             shutil.rmtree(tmp_path / "seed-0")
     run = a_run(tmp_path, data)
     train_all(run)
@@ -164,7 +169,7 @@ def test_30_kills_at_random_moments_lose_nothing(data, uninterrupted, expected, 
 
 def tampered(tmp_path, data, name: str, change) -> dict:
     """The final state after stage `name` was stopped, its checkpoint changed, and continued."""
-    stop = 5 if name == "vqvae" else STEPS + 1 + 5
+    stop = 5 + {"vqvae": 0, "dcgan": STEPS + 1, "denoiser": 2 * STEPS + 1}[name]
     with pytest.raises(runtime.Interrupted):
         train_all(a_run(tmp_path, data, stop))
     path = tmp_path / "seed-0" / f"{name}_last.pt"
@@ -180,7 +185,7 @@ def forget_optimizers(values):
     for name, part in values["parts"].items():
         if "state" in part and "param_groups" in part:
             part["state"] = {}
-            assert name in ("optimizer", "G_adam", "D_adam")
+            assert name in ("optimizer", "G_adam", "D_adam", "adam")
 
 
 def forget_position(values):
@@ -192,7 +197,8 @@ def forget_codebook_sums(values):
 
 
 def forget_average(values):
-    values["parts"]["average"] = dict(values["parts"]["G"])
+    parts = values["parts"]
+    parts["average"] = dict(parts["denoiser" if "denoiser" in parts else "G"])
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,8 @@ def forget_average(values):
         ("vqvae", forget_optimizers), ("dcgan", forget_optimizers),
         ("vqvae", forget_position), ("dcgan", forget_position),
         ("vqvae", forget_codebook_sums), ("dcgan", forget_average),
+        ("denoiser", forget_optimizers), ("denoiser", forget_position),
+        ("denoiser", forget_average),
     ],
 )  # fmt: skip
 def test_the_comparison_sees_what_a_checkpoint_lacks(name, change, data, expected, tmp_path):
@@ -276,6 +284,7 @@ def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
     monkeypatch.setattr(train, "vqvae_step", None)
     monkeypatch.setattr(train, "dcgan_step", None)
+    monkeypatch.setattr(train, "denoiser_step", None)
     train_all(a_run(uninterrupted.folder.parent, data))
     assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
 
@@ -332,20 +341,23 @@ def test_other_settings_do_not_continue_a_stage(data, tmp_path):
     assert problem.value.code == Exit.CHECKPOINT
 
 
-@pytest.mark.parametrize("stage", ["vqvae", "dcgan"])
+@pytest.mark.parametrize("stage", ["vqvae", "dcgan", "denoiser"])
 def test_a_nan_ends_training_and_is_in_no_checkpoint(stage, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
-    function = "reconstruction_loss" if stage == "vqvae" else "discriminator_loss"
-    real, calls = getattr(train, function), []
+    owner, function = {
+        "vqvae": (train, "reconstruction_loss"), "dcgan": (train, "discriminator_loss"),
+        "denoiser": (modules, "denoising_loss"),
+    }[stage]  # fmt: skip
+    real, calls = getattr(owner, function), []
 
     def poisoned(*arguments):
-        calls.append(1)
         value = real(*arguments)
+        calls.extend([1] * torch.is_grad_enabled())  # a step, not a look at validation
         if len(calls) < 7:
             return value
-        return value * math.nan if stage == "vqvae" else (value[0] * math.nan, *value[1:])
+        return (value[0] * math.nan, *value[1:]) if stage == "dcgan" else value * math.nan
 
-    monkeypatch.setattr(train, function, poisoned)
+    monkeypatch.setattr(owner, function, poisoned)
     with pytest.raises(UserError) as problem:
         train_all(a_run(tmp_path, data))
     assert problem.value.code == Exit.DIVERGED
@@ -499,7 +511,10 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=0.1)
     for step in (0, 1):  # with and without penalties
         values = train.dcgan_step(gan, 4 * step, step)
-        train.update_average(gan, 4 * step)
+        train.update_average(gan.average, gan.G, 4 * step, 4)
         assert values["g_loss"].device == meta
+    denoiser = modules.make_denoiser(TINY).to(meta)
+    adam = torch.optim.SGD(denoiser.parameters(), lr=0.1)
+    assert train.denoiser_step(denoiser, adam, gan, stage).device == meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         values["g_loss"].item()  # the control
