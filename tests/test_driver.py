@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import pytest
 
@@ -45,8 +46,21 @@ def test_an_unfinished_seed_leaves_the_folder_unfinished(tmp_path):
 
 def test_without_a_run_that_came_through_the_exit_is_6(tmp_path):
     results = {0: {"status": "diverged", "why": "loss"}}
-    (tmp_path / "report.html").touch()
+    driver.write_results(tmp_path, results, range(1))
     with pytest.raises(UserError) as problem:
-        driver.conclude(tmp_path, results, range(1), None, Config())
+        driver.conclude(tmp_path)
     assert problem.value.code == Exit.DIVERGED
     assert driver.finished(tmp_path, 0)["status"] == "diverged"  # and is not tried again
+
+
+def test_a_report_is_made_when_a_seed_ended_after_it(tmp_path, monkeypatch):
+    made, page, log = [], tmp_path / "report.html", tmp_path / "seed-0" / "run.log"
+    monkeypatch.setattr(driver.predict, "save_report", lambda *a: made.append(page.touch()))
+    log.parent.mkdir()
+    log.touch()
+    for seconds, count in ((-9, 1), (-9, 1), (9, 2)):  # none yet; newer; a kill came before it
+        if page.exists():
+            when = page.stat().st_mtime_ns + seconds * 10**9
+            os.utime(log, ns=(when, when))
+        driver.publish(tmp_path, {0: done(3.0)}, range(1), None, Config())
+        assert len(made) == count
