@@ -57,10 +57,12 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     vqvae, generator = modules.make_vqvae(CONFIG), modules.make_generator(CONFIG)
     denoiser = modules.make_denoiser(CONFIG)
     draw = torch.Generator().manual_seed(0)
-    for network in (vqvae, generator, denoiser):
+    for network in (vqvae, generator):
         network.eval().requires_grad_(False)
         for weight in [*network.parameters(), vqvae.quantizer.codebook]:
             weight.copy_(torch.randn(weight.shape, generator=draw))  # as made, all is black
+    for weight in denoiser.eval().requires_grad_(False).parameters():
+        weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
     counts = torch.arange(16) * 10
     code_map = modules.CodeMap.fit(vqvae.quantizer.codebook, counts, CONFIG.order, 4)
     folder.mkdir(parents=True)
