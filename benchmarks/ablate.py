@@ -339,9 +339,10 @@ def train_gan(run: train.Run, base: predict.TrainedRun):
     with run.signals:
         train.train_dcgan(run)
         train.train_denoiser(run)
-    stages = ("dcgan", "denoiser") if run.config.denoiser_kimg else ("dcgan",)
-    seconds = sum(runtime.load_checkpoint(run.path(f"{s}_last.pt"))["seconds"] for s in stages)
-    return predict.load_run(run.folder), seconds, run.config.gan_kimg
+    trained = predict.load_run(run.folder)
+    stages = (run.path(f"{stage}_last.pt") for stage in trained.trained if stage != "vqvae")
+    seconds = sum(runtime.load_checkpoint(path)["seconds"] for path in stages)
+    return trained, seconds, run.config.gan_kimg
 
 
 def without_contrast(run: train.Run, base: predict.TrainedRun):
