@@ -191,7 +191,7 @@ class Config:
     )
     precision: str = option(
         "auto",
-        "of training; auto: bfloat16 where the hardware has it",
+        "of training and denoising; auto: bfloat16 where the hardware has it",
         choices=("auto", "float32", "bfloat16"),
     )
 

@@ -15,6 +15,7 @@ features, E features of the strength of noise.
 
 import functools
 import math
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -424,8 +425,9 @@ def even_middles(bins: int) -> Tensor:
 
 def nearest_row(x: Tensor, rows: Tensor) -> Tensor:
     """Index of the row of (U, C) nearest to each x (N, C), as |x|^2 matters to none: (N,)."""
-    keys, offsets = rows.T.contiguous(), rows.square().sum(1) / 2
-    return torch.cat([(part @ keys - offsets).argmax(1) for part in x.split(4096)])
+    keys = torch.cat([rows.T, rows.square().sum(1)[None] / -2])           # (C + 1, U)
+    x = F.pad(x, (0, 1), value=1.0)                                       # (N, C + 1)
+    return torch.cat([(part @ keys).argmax(1) for part in x.split(4096)])
 
 
 def principal_coordinates(codebook: Tensor, counts: Tensor, components: int) -> Tensor:
@@ -598,7 +600,7 @@ class Denoiser(nn.Module):
     """
 
     LEAST, MOST = 0.1, 2.0  # sigma: known noise, trained and restored from
-    STEPS = 4
+    STEPS = 4  # passes that restore a map
 
     def __init__(self, channels: int):
         super().__init__()
@@ -637,30 +639,35 @@ class Denoiser(nn.Module):
         y = self.blocks[5](self.up[1](y) + full, e)
         return x / size.square() + self.last(F.silu(y)).float() * sigma / size
 
-    def restore(self, u: Tensor, z: Tensor) -> Tensor:
-        """Generated maps u (n, C, 64, 64) of noise z (n, Z), their cells made to fit together.
+    def restore(self, u: Tensor, noise: Tensor) -> Tensor:
+        """Generated maps u (n, C, h, w), their cells made to fit together by way of `noise`.
 
         As SDEdit (Meng et al. 2022, arXiv:2108.01073): enough noise to drown what is wrong,
-        then down to none by Heun's method (Karras et al., algorithm 1). The noise added is a
-        fixed function of z, white in each sample and independent between samples of independent
-        z, so that a sample is still a function of z, and a smooth one.
+        then down to none by a multistep method (DPM-Solver++ of Lu et al. 2022,
+        arXiv:2211.01095, algorithm 2): D is taken to go on changing as it did in the step
+        before, linearly in log sigma, and the equation of that D is solved exactly.
+        noise: (n, C, h, w), white, of unit variance.
         """
-        x = (u - self.mean) / self.sd + self.MOST * grain_of(z, *u.shape[1:])
-        rho = 7  # eq. 5
+        x = (u - self.mean) / self.sd + self.MOST * noise
+        rho = 3  # eq. 5 of Karras et al.
         ends = self.MOST ** (1 / rho), self.LEAST ** (1 / rho)
-        sigmas = [*(torch.linspace(*ends, self.STEPS) ** rho).tolist(), 0.0]
+        sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
+        before, back = None, 0.0  # D in the step before, and that step's length in log sigma
         for now, then in pairwise(sigmas):
-            slope = (x - self(x, x.new_full((len(x),), now))) / now
-            ahead = x + (then - now) * slope
-            if then > 0:
-                after = (ahead - self(ahead, x.new_full((len(x),), then))) / then
-                ahead = x + (then - now) * (slope + after) / 2
-            x = ahead
-        return x * self.sd + self.mean
+            clean, step = self(x, x.new_full((len(x),), now)), math.log(now / then)
+            change = 0 if before is None else (clean - before) / back
+            ahead = clean + change * (step / (1 - then / now) - 1)
+            x = ahead + (x - ahead) * (then / now)
+            before, back = clean, step
+        return self(x, x.new_full((len(x),), self.LEAST)) * self.sd + self.mean
 
 
 def grain_of(z: Tensor, *shape: int) -> Tensor:
-    """White noise (n, *shape) of unit variance that is a linear function of z (n, Z) / |z|."""
+    """White noise (n, *shape) of unit variance that is a linear function of z (n, Z) / |z|.
+
+    With it a restored sample is still a function of its z, and a smooth one; noise of
+    independent z is independent.
+    """
     basis = _grain(z.shape[1], *shape).to(z.device)                       # (Z, *shape)
     return torch.einsum("nz,z...->n...", F.normalize(z), basis)           # (n, *shape)
 
@@ -718,7 +725,7 @@ def generator_of(*path: int) -> torch.Generator:
 
 
 SAMPLE, GRAIN = 1000, 1001  # the purposes of generators: a sample's noise; the denoiser's
-DRAW_BATCH = 32  # samples are drawn in batches of exactly this size
+DRAW_BATCH = 16  # samples are drawn in batches of exactly this size
 
 
 def noise_of(
@@ -747,23 +754,28 @@ def draw(
     stretch: bool = False,
     decode: bool = True,
     denoiser: Denoiser | None = None,
+    autocast: AbstractContextManager | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Noise (n, Z) and level (n,) -> index maps (n, h, w) int64, images (n, 1, H, W) or None.
 
-    float32, in batches of one size, the last one filled up: the processor sums a batch of
-    another size in another order, and a value at the edge of a bin would change its code.
+    float32 but for the denoiser's passes, which are under `autocast`; in batches of one size,
+    the last one filled up: the processor sums a batch of another size in another order, and a
+    value at the edge of a bin would change its code.
     """
     maps, images = [], []
     for z, where in zip(noise.split(DRAW_BATCH), level.split(DRAW_BATCH), strict=True):
         n = len(z)
-        z = F.pad(z, (0, 0, 0, DRAW_BATCH - n)).to(code_map.used.device)  # (32, Z)
-        where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)            # (32,)
-        u = raise_contrast(generator(z, where), generator.contrast)       # (32, C, h, w)
+        z = F.pad(z, (0, 0, 0, DRAW_BATCH - n)).to(code_map.used.device)  # (16, Z)
+        where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)            # (16,)
+        u = raise_contrast(generator(z, where), generator.contrast)       # (16, C, h, w)
         if stretch:
             u = code_map.spread(u)
         if denoiser is not None:
-            u = denoiser.restore(u.mean(1, True) if code_map.even else u, z)
-        indices = code_map.decode(u)                                      # (32, h, w)
+            u = u.mean(1, True) if code_map.even else u                   # (16, 1 or C, h, w)
+            grain = grain_of(z, *u.shape[1:])
+            with autocast or nullcontext():
+                u = denoiser.restore(u, grain)
+        indices = code_map.decode(u)                                      # (16, h, w)
         maps.append(indices[:n].cpu())
         if decode:
             images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)

@@ -165,9 +165,10 @@ class TrainedRun:
     def draw(self, noise: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Noise (n, Z), levels (n,) in [0,1] or NaN -> index maps and slices, as `sample`."""
         stretch = self.config.gan_loss == "bce"
+        autocast = runtime.autocast(self.device, self.config.precision)
         return modules.draw(
             self.generator, self.code_map, self.vqvae, noise, level, stretch,
-            denoiser=self.denoiser,
+            denoiser=self.denoiser, autocast=autocast,
         )  # fmt: skip
 
     def sweep(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:

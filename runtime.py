@@ -335,7 +335,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a training step's forward passes, for `Config.precision`."""
+    """The context of passes in `Config.precision`: a training step's, the denoiser's."""
     low = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
 
