@@ -136,7 +136,7 @@ class Config:
     )
     batch_size: int = option(32, "slices per step", low=1, high=65536)
     vqvae_kimg: float = option(
-        16.0, "training length in thousands of slices seen", low=0.001, high=1e7
+        20.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
     # DCGAN (Radford et al. 2016, arXiv:1511.06434)
@@ -168,7 +168,7 @@ class Config:
         32, "maps per step, and crops of the denoiser's", low=1, high=65536
     )
     gan_kimg: float = option(
-        120.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        72.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     stop_collapsed: bool = option(
@@ -179,7 +179,7 @@ class Config:
 
     # Denoiser (Karras et al. 2022, arXiv:2206.00364)
     denoiser_kimg: float = option(
-        48.0,
+        38.0,
         "training length in thousands of crops of 32x32 cells seen; 0: none",
         low=0,
         high=1e7,

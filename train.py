@@ -734,9 +734,8 @@ class Monitor:
         self.network = metrics.RandomFeatures()
         train, validation = run.data.train, run.data.validation
         self.n = min(self.N, len(validation), len(train) // 2)
-        of_train = self.network.features(train.batch(evenly(len(train), 4 * self.n)))
-        self.floor, self.n = metrics.relative_floor(of_train, self.n)
-        self.real = self.network.features(validation.batch(evenly(len(validation), self.n)))
+        self.floor, self.n = metrics.relative_floor(self.features(train, 4 * self.n), self.n)
+        self.real = self.features(validation, self.n)
         maps = gan.real_maps(train.rows[evenly(len(train), 64)])
         self.real_spread = mean_distance(gan.code_map.encode(maps))
         rows = evenly(len(train), 128)
@@ -746,6 +745,12 @@ class Monitor:
         self.noise = modules.noise_of(
             range(max(128, self.n)), run.config.noise_dim, run.seed, gan.level_table, MONITOR
         )
+
+    def features(self, split: BrainSlices, count: int) -> Tensor:
+        """(count, F) of slices evenly spaced in a split; few are in memory at a time."""
+        rows = evenly(len(split), count)
+        parts = np.array_split(rows, math.ceil(len(rows) / 64))
+        return torch.cat([self.network.features(split.batch(part)) for part in parts])
 
     @torch.no_grad()
     def measure(self, stage: Stage) -> dict:

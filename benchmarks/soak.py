@@ -1,7 +1,7 @@
 """Is anything lost when a run is killed again and again?
 
     python benchmarks/soak.py                     # 50 cycles of preset smoke
-    python benchmarks/soak.py --cycles 5 --subjects 4 2 2 --vqvae-kimg 0.2 --gan-kimg 0.4
+    python benchmarks/soak.py --cycles 5 --subjects 4 2 2 --vqvae-kimg 0.2 --gan-kimg 0.2
 
 A cycle starts or continues `driver.py` (any of its options, embedded data; a checkpoint every
 second) and ends it at a random moment: SIGKILL, one time in four SIGTERM. Every checkpoint must

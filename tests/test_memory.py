@@ -17,7 +17,8 @@ from dataset import SIDE, stable_hash
 from runtime import write_npy_header
 
 ROOT = Path(__file__).parent.parent
-SUBJECTS, TIMES = (40, 4, 4), 10  # of the smaller set; of 32 slices each
+# Of the smaller set, of 32 slices each: enough of them that no measure takes fewer than it would.
+SUBJECTS, TIMES = (40, 8, 8), 10
 OPTIONS = [
     "--codes", "16", "--widths", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
     "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2",
