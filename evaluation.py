@@ -8,6 +8,7 @@ what is compared with what. Of most sets only features are kept, not the slices.
 import hashlib
 import math
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,22 +30,31 @@ LARGE = 2**22  # bytes of features that stay in memory: some 6,000 slices
 CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 
 
-def parts_of(measure, split: BrainSlices, indices: np.ndarray | None = None):
-    """`measure` of many slices of a split (or of all), a few at a time, as an iterator."""
-    indices = np.arange(len(split)) if indices is None else indices
-    parts = np.array_split(indices, max(1, math.ceil(len(indices) / PART)))
+def parts_of(measure, split: BrainSlices) -> Iterator[Tensor]:
+    """`measure` of all slices of a split, a few at a time."""
+    parts = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / PART)))
     return (measure(split.batch(part)) for part in parts)
 
 
-def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
-    """The same as one tensor: slices need not fit into memory, what is measured must.
+def shared_parts(
+    measure, split: BrainSlices, indices: np.ndarray | None = None
+) -> Iterator[Tensor]:
+    """`measure` of many slices (or all), in order, by all processes together.
 
-    Of several processes each measures a share, and all get the whole.
+    Each measures a share of every part, and all get the whole.
     """
     indices = np.arange(len(split)) if indices is None else indices
-    mine = indices[processes.share(len(indices))]
-    found = list(parts_of(measure, split, mine)) if len(mine) else []
-    return torch.cat([part for found in processes.collected(found) for part in found])
+    n = PART * processes.count()
+    for start in range(0, len(indices), n):
+        rows = indices[start : start + n]
+        mine = rows[processes.share(len(rows))]
+        found = [measure(split.batch(mine))] if len(mine) else []
+        yield torch.cat([part for each in processes.collected(found) for part in each])
+
+
+def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
+    """The same as one tensor: slices need not fit into memory, what is measured must."""
+    return torch.cat(list(shared_parts(measure, split, indices)))
 
 
 def on_disk(measure, split: BrainSlices) -> np.ndarray:
@@ -55,7 +65,7 @@ def on_disk(measure, split: BrainSlices) -> np.ndarray:
     if 4 * len(split) * measure(split.batch([0])).shape[1] <= LARGE:
         return in_parts(measure, split).numpy()
     with tempfile.TemporaryFile() as file:
-        for part in parts_of(measure, split):
+        for part in shared_parts(measure, split):
             file.write(part.numpy().tobytes())
         file.flush()
         return np.memmap(file, np.float32, "r", shape=(len(split), part.shape[1]))

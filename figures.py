@@ -70,7 +70,6 @@ PANELS = {
         Panel("loss, crops of training maps", {"loss": ""}, log=True, noisy=True),
         Panel("loss, validation maps", {"loss_validation": ""}, log=True),
         Panel("learning rate", {"lr": ""}),
-        Panel("crops per second", {"images_per_s": ""}),
     ),
 }  # fmt: skip
 
@@ -78,8 +77,10 @@ PANELS = {
 def curves(rows: list[dict], stage: str, stamp: str = "") -> Figure:
     """What training measured, by log.csv; stage: a key of PANELS, other rows are ignored."""
     rows = [row for row in rows if row.get("stage", stage) == stage]
-    fig = _figure(11, 6.8, stamp, layout="constrained")
-    for ax, panel in zip(fig.subplots(2, 2).flat, PANELS[stage], strict=True):
+    panels, lines = PANELS[stage], len(PANELS[stage]) // 2
+    fig = _figure(11, 3.4 * lines, stamp, layout="constrained")
+    axes = fig.subplots(lines, len(panels) // lines, squeeze=False)
+    for ax, panel in zip(axes.flat, panels, strict=True):
         seen = {"vqvae": "slices", "dcgan": "maps", "denoiser": "crops"}[stage]
         _style(ax, panel.title, f"thousands of {seen} seen")
         for (column, label), colour in zip(panel.columns.items(), COLOURS, strict=False):

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 import torch
 
+import evaluation
+import metrics
 import modules
 import processes
 import train
@@ -109,9 +111,18 @@ def denoiser_steps() -> dict:
     return moved | {"denoiser.losses": torch.tensor(losses)}
 
 
+def features() -> dict:
+    """Of 23 slices, 5 times as many as processes at a time: the last ones are few."""
+    evaluation.LARGE, evaluation.PART = 0, 5
+    data = slices()
+    split = BrainSlices(data.images, np.arange(23), ["a"] * 23, data.levels[:23])
+    found = evaluation.on_disk(metrics.RandomFeatures().features, split)
+    return {"features": torch.tensor(found)}
+
+
 @processes.joined()
 def main(path: str):
-    state = vqvae_steps() | gan_steps() | denoiser_steps()
+    state = vqvae_steps() | gan_steps() | denoiser_steps() | features()
     if processes.is_first():
         torch.save(state, path)
 

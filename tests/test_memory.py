@@ -17,7 +17,7 @@ from dataset import SIDE, stable_hash
 from runtime import write_npy_header
 
 ROOT = Path(__file__).parent.parent
-# Of the smaller set, of 32 slices each: enough of them that no measure takes fewer than it would.
+# Of the smaller set, of 32 slices each: so many that no measure has to do with fewer.
 SUBJECTS, TIMES = (40, 8, 8), 10
 OPTIONS = [
     "--codes", "16", "--widths", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
