@@ -224,6 +224,9 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
+# What the lengths of training count.
+SEEN = {"vqvae": "slices", "dcgan": "maps", "denoiser": "crops"}
+
 # Differences from the defaults above. `classic` is the recipe of the original project; its
 # DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map).
 PRESETS = {

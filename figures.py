@@ -20,6 +20,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from config import SEEN
+
 Array = np.ndarray
 
 DPI = 100
@@ -81,8 +83,7 @@ def curves(rows: list[dict], stage: str, stamp: str = "") -> Figure:
     fig = _figure(11, 3.4 * lines, stamp, layout="constrained")
     axes = fig.subplots(lines, len(panels) // lines, squeeze=False)
     for ax, panel in zip(axes.flat, panels, strict=True):
-        seen = {"vqvae": "slices", "dcgan": "maps", "denoiser": "crops"}[stage]
-        _style(ax, panel.title, f"thousands of {seen} seen")
+        _style(ax, panel.title, f"thousands of {SEEN[stage]} seen")
         for (column, label), colour in zip(panel.columns.items(), COLOURS, strict=False):
             x, y = _column(rows, "nimg") / 1000, _column(rows, column)
             _curve(ax, x, y, panel.noisy, color=colour, label=label)

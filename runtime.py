@@ -98,14 +98,13 @@ class Progress:
         self.bar, self.silent = None, not processes.is_first()
         if not self.silent and sys.stderr.isatty():
             self.bar = tqdm(
-                total=total, initial=done, desc=label, unit=unit, unit_scale=True,
+                total=total, initial=done, desc=label, unit=f" {unit}", unit_scale=True,
                 dynamic_ncols=True,
             )  # fmt: skip
 
-    def add(self, n: int, note: str = ""):
+    def add(self, n: int):
         self.done += n
         if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
         elif not self.silent and time.monotonic() - self.spoken > 30:
             self.spoken = time.monotonic()
@@ -113,7 +112,7 @@ class Progress:
             left = (self.total - self.done) / rate if rate else 0
             line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.0f}/s, "
             with contextlib.suppress(OSError):  # as in `say`
-                print(line + f"{left / 60:.1f} min left {note}", file=sys.stderr, flush=True)
+                print(line + f"{left / 60:.1f} min left", file=sys.stderr, flush=True)
 
     def close(self):
         if self.bar is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import Config, Exit, Parser, UserError, add_options, config_from
+from config import SEEN, Config, Exit, Parser, UserError, add_options, config_from
 
 if __name__ == "__main__":  # a mistyped flag must not wait for torch
     PARSER = Parser("Train one stage, or all four. The same command again continues.")
@@ -101,7 +101,7 @@ class Stage:
         self.restore()
         self.saved = self.clock = time.monotonic()
         self.shown = runtime.Progress(
-            self.steps * batch_size, f"seed {run.seed} {name}", " slices", self.nimg
+            self.steps * batch_size, f"seed {run.seed} {name}", SEEN[name], self.nimg
         )
 
     @property

@@ -51,8 +51,8 @@ SAME = ("*_best.pt", "codes.npy", "codes.pt", "figures/*.png")
 
 def start(folder: Path, options: list[str]) -> subprocess.Popen:
     code = DRIVER.format(str(HERE.parent.resolve()))
-    command = [sys.executable, "-c", code, *options, "--out", str(folder)]
-    command += ["--cache", str(folder.parent / "cache")]
+    command = [sys.executable, "-c", code, "--cache", str(folder.parent / "cache")]
+    command += [*options, "--out", str(folder)]
     with open(folder.parent / "output.log", "ab") as output:
         return subprocess.Popen(command, stdout=output, stderr=output)
 

@@ -96,6 +96,12 @@ def test_needs_neither_display_nor_pyplot():
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_curves_show_nothing_that_differs_between_equal_runs():
+    panels = [panel for stage in figures.PANELS.values() for panel in stage]
+    shown = {column for panel in panels for column in panel.columns}
+    assert not shown & {"seconds", "images_per_s"}
+
+
 @pytest.mark.parametrize("stage", figures.PANELS)
 def test_curves_of_a_single_row(stage):
     shown = figures.curves(log_rows(stage, 1), stage)

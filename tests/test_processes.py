@@ -154,7 +154,7 @@ def test_the_end_of_one_process_ends_all(slices, tmp_path):
     pids = workers(process.pid)
     os.kill(pids[1], signal.SIGKILL)
     code, _, err = finish(process, timeout=60)
-    assert code != 0 and "error: this process could not reach the others" in err
+    assert code != 0 and "error: this process could not reach the others" in err, err
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert load_checkpoint(seed / "vqvae_last.pt")["nimg"] == saved
 

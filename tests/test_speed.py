@@ -37,8 +37,13 @@ def here():
 
 
 def close(ours, theirs, rtol=1e-3):
-    """Gradients add up tens of thousands of float32 numbers, each side in another order."""
-    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol * theirs.abs().max().item())
+    """Gradients add up tens of thousands of float32 numbers, each side in another order.
+
+    Where all that is left is rounding (the loss does not see the discriminator's last bias), any
+    two numbers below 1e-8 are alike.
+    """
+    atol = max(rtol * theirs.abs().max().item(), 1e-8)
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 def test_the_plain_vqvae_step_has_the_projects_loss_gradients_and_codebook(here):
