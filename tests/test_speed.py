@@ -39,8 +39,8 @@ def here():
 def close(ours, theirs, rtol=1e-3):
     """Gradients add up tens of thousands of float32 numbers, each side in another order.
 
-    Where all that is left is rounding (the loss does not see the discriminator's last bias), any
-    two numbers below 1e-8 are alike.
+    Where rounding is all there is (the loss does not see the discriminator's last bias), two
+    numbers below 1e-8 are alike.
     """
     atol = max(rtol * theirs.abs().max().item(), 1e-8)
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
