@@ -235,9 +235,9 @@ PRESETS = {
         "subjects": (10, 2, 2), "vqvae_kimg": 1.0, "gan_kimg": 2.0,
         "denoiser_kimg": 1.0, "samples": 64,
     },
-    "long": {"vqvae_kimg": 40.0, "gan_kimg": 360.0, "denoiser_kimg": 110.0},
+    "long": {"vqvae_kimg": 50.0, "gan_kimg": 260.0, "denoiser_kimg": 80.0},
     "full": {
-        "widths": (64, 32), "residual_blocks": 2, "vqvae_kimg": 400.0,
+        "widths": (64, 32), "residual_blocks": 2, "lr": 1e-3, "vqvae_kimg": 400.0,
         "gan_widths": (128, 64), "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
         "batch_size": 64,
     },

@@ -283,11 +283,12 @@ def _load_volume(path: Path, image, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _float32(image) -> np.ndarray:
-    """All voxels, scaled as the header says, in this machine's byte order, which torch needs."""
-    stored, slope, inter = image.dataobj.get_unscaled(), image.dataobj.slope, image.dataobj.inter
+    """All voxels, scaled as the header says, in the byte order that torch needs."""
+    data = image.dataobj
+    stored, plain = data.get_unscaled(), (data.slope, data.inter) == (1, 0)
     voxels = np.empty(stored.shape, np.float32, order="F")
     for part, out in zip(stored.T, voxels.T, strict=True):  # all at once they would be float64
-        out[:] = part if (slope, inter) == (1, 0) else part * np.float64(slope) + inter
+        out[:] = part if plain else part * np.float64(data.slope) + data.inter
     return voxels
 
 

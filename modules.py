@@ -34,8 +34,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -325,10 +325,14 @@ def start_awake(module: nn.Module):
     Slices and the outputs of ReLU are nowhere negative and these convolutions have no bias: a
     filter of negative sum rests at 0 almost everywhere and seldom wakes. With random signs
     half of the 8 channels before the quantiser were lost, which ones being up to the seed.
+    A residual block adds nothing at first: eight that do, each with filters of positive sum,
+    make of a slice one a thousand times as bright, and the first steps kill the decoder.
     """
     start_at_he(module)
     if isinstance(module, nn.Conv2d):
         module.weight.mul_(module.weight.sum((1, 2, 3), keepdim=True).sign())
+    if isinstance(module, ResidualBlock):  # its convolutions have been started before it
+        nn.init.zeros_(module.conv2.weight)
 
 
 def perplexity(counts: Tensor) -> float:

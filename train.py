@@ -300,6 +300,7 @@ def train_vqvae(run: Run):
         values = vqvae_step(model, optimizer, images, variance, stage, quantize)
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
     stage.shown.close()
+    warn_of_blanks(stage, run)
 
 
 def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str, Tensor]:
@@ -409,6 +410,19 @@ def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
         "ssim_validation": ssim, "psnr_validation": psnr,
         "perplexity": modules.perplexity(counts), "used_codes": int((counts > 0).sum()),
     }  # fmt: skip
+
+
+def warn_of_blanks(stage: Stage, run: Run):
+    """A slice is black for the most part: the SSIM of a dead decoder looks like a score."""
+    validation = run.data.validation
+    images = validation.batch(evenly(len(validation), 128))
+    black = metrics.ssim(images, torch.zeros_like(images)).mean().item()
+    if stage.best is None or -stage.best < black + 0.01:
+        best = "none" if stage.best is None else f"{-stage.best:.3f}"
+        runtime.warn(
+            f"the VQ-VAE has learned nothing: SSIM of reconstructions {best}, of black slices "
+            f"{black:.3f}; try a lower --lr, or a larger --vqvae-kimg"
+        )
 
 
 def trained_vqvae(run: Run) -> VQVAE:

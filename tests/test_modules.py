@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import Config
+from config import PRESETS, Config
 from modules import (
     DRAW_BATCH,
     VQVAE,
@@ -47,6 +47,18 @@ Conv2d + ReLU | 16 | 3 | 1 | 1 | (8 x 128 x 128) | (16 x 128 x 128)
 Upsampling | - | 2 | - | - | (16 x 128 x 128) | (16 x 256 x 256)
 Final Conv2d | 1 | 3 | 1 | 1 | (16 x 256 x 256) | (1 x 256 x 256)
 """
+
+
+@pytest.mark.parametrize("preset", ["quick", "full"])
+def test_training_starts_with_pictures_of_the_range_of_slices(preset):
+    """From far brighter ones no training recovers, and residual blocks add."""
+    config = Config(**PRESETS[preset])
+    draw = torch.Generator().manual_seed(0)
+    slices = torch.rand(2, 1, 64, 64, generator=draw)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        pictures = make_vqvae(config)(slices, quantize=False)[0]
+        assert 0.005 < pictures.std() < 1 and pictures.abs().max() < 5
 
 
 @pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])

@@ -412,6 +412,18 @@ def test_a_collapsed_codebook_is_exit_6_with_a_clear_message(data, tmp_path, mon
     assert problem.value.code == Exit.DIVERGED and not run.path("codes.pt").exists()
 
 
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_decoder_that_draws_black_slices_is_told(dead, data, tmp_path, capsys, monkeypatch):
+    if dead:
+        monkeypatch.setattr(
+            modules.VQVAE,
+            "decode",
+            lambda model, indices: torch.zeros(len(indices), 1, 256, 256),
+        )
+    train.train_vqvae(a_run(tmp_path, data, config=replace(TINY, vqvae_kimg=0.8)))
+    assert ("learned nothing" in capsys.readouterr().err) == dead
+
+
 def test_the_best_changes_for_a_finite_better_score_only(data, tmp_path):
     model = torch.nn.Linear(1, 1)
     stage = train.Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": model})
