@@ -53,8 +53,18 @@ def shared_parts(
 
 
 def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
-    """The same as one tensor: slices need not fit into memory, what is measured must."""
-    return torch.cat(list(shared_parts(measure, split, indices)))
+    """The same as one tensor: slices need not fit into memory, what is measured must.
+
+    It is one allocation from the start: small results, kept between large batches that come
+    and go, would leave holes in memory, more of them the larger the split.
+    """
+    n, start, found = len(split) if indices is None else len(indices), 0, None
+    for part in shared_parts(measure, split, indices):
+        if found is None:
+            found = part.new_empty((n, *part.shape[1:]))
+        found[start : start + len(part)] = part
+        start += len(part)
+    return found
 
 
 def on_disk(measure, split: BrainSlices) -> np.ndarray:
