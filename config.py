@@ -111,10 +111,15 @@ class Config:
     # VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937)
     codes: int = option(512, "K, codebook size", low=2, high=65535)
     code_dim: int = option(64, "D, numbers per code vector", low=1, high=4096)
-    widths: tuple[int, int] = option(
-        (16, 8), "channels at full and at half resolution", low=1, high=4096
+    widths: tuple[int, int, int, int] = option(
+        (16, 8, 8, 16),
+        "channels of the encoder's two convolutions, and of the decoder's",
+        low=1,
+        high=4096,
     )
-    residual_blocks: int = option(0, "residual blocks per resolution", low=0, high=64)
+    residual_blocks: int = option(
+        0, "residual blocks of the decoder, on the 64x64 cells", low=0, high=64
+    )
     upsampling: str = option("nearest", "of the decoder", choices=("nearest", "bilinear"))
     codebook: str = option(
         "ema",
@@ -228,16 +233,20 @@ def _plain(value):
 SEEN = {"vqvae": "slices", "dcgan": "maps", "denoiser": "crops"}
 
 # Differences from the defaults above. `classic` is the recipe of the original project; its
-# DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map).
+# DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map). `long` and `full` keep its
+# encoder and have larger decoders.
 PRESETS = {
     "quick": {},
     "smoke": {
         "subjects": (10, 2, 2), "vqvae_kimg": 1.0, "gan_kimg": 2.0,
         "denoiser_kimg": 1.0, "samples": 64,
     },
-    "long": {"vqvae_kimg": 50.0, "gan_kimg": 260.0, "denoiser_kimg": 80.0},
+    "long": {
+        "widths": (16, 8, 32, 16), "residual_blocks": 2, "lr": 2e-3, "vqvae_kimg": 40.0,
+        "gan_kimg": 260.0, "denoiser_kimg": 80.0,
+    },
     "full": {
-        "widths": (64, 32), "residual_blocks": 2, "lr": 1e-3, "vqvae_kimg": 400.0,
+        "widths": (16, 8, 64, 32), "residual_blocks": 4, "lr": 1e-3, "vqvae_kimg": 400.0,
         "gan_widths": (128, 64), "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
         "batch_size": 64,
     },

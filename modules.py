@@ -68,32 +68,30 @@ class UpsampleConv(nn.Conv2d):
         return F.pixel_shuffle(parities, 2)                               # (B, out, 2H, 2W)
 
 
-def make_encoder(widths: tuple[int, int], blocks: int) -> nn.Sequential:
+def make_encoder(full: int, half: int) -> nn.Sequential:
     """(B, 1, H, W) -> (B, A, H/4, W/4). Pooling before ReLU: the same, on fewer numbers."""
-    full, half = widths
     return nn.Sequential(
         nn.Conv2d(1, full, 3, padding=1, bias=False),
         nn.MaxPool2d(2),
         nn.ReLU(),
-        *(ResidualBlock(full) for _ in range(blocks)),
         nn.Conv2d(full, half, 3, padding=1, bias=False),
         nn.MaxPool2d(2),
         nn.ReLU(),
-        *(ResidualBlock(half) for _ in range(blocks)),
     )
 
 
 def make_decoder(
-    dim: int, widths: tuple[int, int], blocks: int, upsampling: str
+    dim: int, half: int, full: int, blocks: int, upsampling: str
 ) -> nn.Sequential:
-    """(B, D, h, w) -> (B, 1, 4h, 4w), without an output activation."""
-    full, half = widths
+    """(B, D, h, w) -> (B, 1, 4h, 4w), without an output activation.
+
+    Residual blocks lie here alone: in the encoder, they make maps that are harder to learn.
+    """
     return nn.Sequential(
         nn.Conv2d(dim, half, 3, padding=1, bias=False),
         *(ResidualBlock(half) for _ in range(blocks)),
         nn.ReLU(),
         UpsampleConv(half, full, upsampling),
-        *(ResidualBlock(full) for _ in range(blocks)),
         nn.ReLU(),
         UpsampleConv(full, 1, upsampling),
     )
@@ -260,16 +258,16 @@ class VQVAE(nn.Module):
         self,
         codes: int = 512,
         dim: int = 64,
-        widths: tuple[int, int] = (16, 8),
+        widths: tuple[int, int, int, int] = (16, 8, 8, 16),
         blocks: int = 0,
         upsampling: str = "nearest",
         codebook: str = "ema",
     ):
         super().__init__()
-        self.encoder = make_encoder(widths, blocks)
+        self.encoder = make_encoder(*widths[:2])
         self.pre_vq = nn.Conv2d(widths[1], dim, 1)
         self.quantizer = Quantizer(codes, dim, codebook)
-        self.decoder = make_decoder(dim, widths, blocks, upsampling)
+        self.decoder = make_decoder(dim, *widths[2:], blocks, upsampling)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Quantized | None]:

@@ -300,7 +300,6 @@ def train_vqvae(run: Run):
         values = vqvae_step(model, optimizer, images, variance, stage, quantize)
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
     stage.shown.close()
-    warn_of_blanks(stage, run)
 
 
 def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str, Tensor]:
@@ -406,17 +405,20 @@ def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
     scores = torch.stack([metrics.ssim(images, outputs), metrics.psnr(images, outputs)], 1)
     ssim, psnr = processes.gathered(scores).mean(0).tolist()
     stage.offer(-ssim, model=model)
+    if stage.done:
+        warn_of_blanks(stage, images)
     return {
         "ssim_validation": ssim, "psnr_validation": psnr,
         "perplexity": modules.perplexity(counts), "used_codes": int((counts > 0).sum()),
     }  # fmt: skip
 
 
-def warn_of_blanks(stage: Stage, run: Run):
-    """A slice is black for the most part: the SSIM of a dead decoder looks like a score."""
-    validation = run.data.validation
-    images = validation.batch(evenly(len(validation), 128))
-    black = metrics.ssim(images, torch.zeros_like(images)).mean().item()
+def warn_of_blanks(stage: Stage, images: Tensor):
+    """A slice is black for the most part: the SSIM of a dead decoder looks like a score.
+
+    images: this process's share of those that the best score is of.
+    """
+    black = processes.gathered(metrics.ssim(images, torch.zeros_like(images))).mean().item()
     if stage.best is None or -stage.best < black + 0.01:
         best = "none" if stage.best is None else f"{-stage.best:.3f}"
         runtime.warn(

@@ -115,8 +115,9 @@ def vqvae_monai(here: Inputs):
     from monai.networks.nets import VQVAE
 
     config, images = here.config, here.slices(128)
+    widths = config.widths[:2]
     model = VQVAE(
-        2, 1, 1, channels=config.widths, num_res_layers=0, num_res_channels=config.widths,
+        2, 1, 1, channels=widths, num_res_layers=0, num_res_channels=widths,
         downsample_parameters=((2, 4, 1, 1),) * 2, upsample_parameters=((2, 4, 1, 1, 0),) * 2,
         num_embeddings=config.codes, embedding_dim=config.code_dim,
     )  # fmt: skip

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 # Of the smaller set, of 32 slices each: so many that no measure has to do with fewer.
 SUBJECTS, TIMES = (40, 8, 8), 10
 OPTIONS = [
-    "--codes", "16", "--widths", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
+    "--codes", "16", "--widths", "4", "4", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
     "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2",
     "--denoiser-kimg", "0.2", "--samples", "64",
 ]  # fmt: skip

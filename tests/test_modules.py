@@ -49,7 +49,7 @@ Final Conv2d | 1 | 3 | 1 | 1 | (16 x 256 x 256) | (1 x 256 x 256)
 """
 
 
-@pytest.mark.parametrize("preset", ["quick", "full"])
+@pytest.mark.parametrize("preset", ["quick", "long", "full"])
 def test_training_starts_with_pictures_of_the_range_of_slices(preset):
     """From far brighter ones no training recovers, and residual blocks add."""
     config = Config(**PRESETS[preset])
@@ -522,6 +522,6 @@ def test_generators_are_functions_of_their_path():
 
 
 def test_config_makes_the_networks_it_describes():
-    model = make_vqvae(Config(codes=32, code_dim=16, widths=(8, 4)))
+    model = make_vqvae(Config(codes=32, code_dim=16, widths=(8, 4, 4, 8)))
     assert model.quantizer.codebook.shape == (32, 16)
     assert model.encoder[0].out_channels == 8

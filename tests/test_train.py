@@ -20,7 +20,7 @@ from config import Config, Exit, UserError
 from dataset import BrainSlices, Data
 
 TINY = Config(
-    codes=16, code_dim=8, widths=(4, 4), batch_size=4, vqvae_kimg=0.052,
+    codes=16, code_dim=8, widths=(4, 4, 4, 4), batch_size=4, vqvae_kimg=0.052,
     gan_widths=(16, 4), gan_batch_size=4, gan_kimg=0.052, penalty_every=4, samples=8,
     ema_kimg=0.02, denoiser_kimg=0.052, device="cpu",
 )  # fmt: skip
