@@ -242,8 +242,8 @@ PRESETS = {
         "denoiser_kimg": 1.0, "samples": 64,
     },
     "long": {
-        "widths": (16, 8, 32, 16), "residual_blocks": 2, "lr": 2e-3, "vqvae_kimg": 40.0,
-        "gan_kimg": 260.0, "denoiser_kimg": 80.0,
+        "widths": (16, 8, 32, 16), "residual_blocks": 2, "lr": 2e-3, "vqvae_kimg": 30.0,
+        "gan_kimg": 130.0, "denoiser_kimg": 270.0,
     },
     "full": {
         "widths": (16, 8, 64, 32), "residual_blocks": 4, "lr": 1e-3, "vqvae_kimg": 400.0,

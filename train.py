@@ -51,6 +51,7 @@ WARM_UP = 0.05  # share of a stage's steps over which the learning rate rises
 PLAIN = 0.1  # share of the VQ-VAE's steps before its codebook starts from what z has become
 DETAIL = 2.0  # weight of the strength of detail in the reconstruction loss
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
+FD_ALIKE = 1.2  # fd_validation wavers by so much near its floor, while layout is still learnt
 COLLAPSED = 0.1  # diversity under which samples are nearly alike, after a quarter of the steps
 CROP_CELLS, DENOISER_LR, DENOISER_HALF_LIFE = 32, 2e-3, 2000  # the last in crops seen
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
@@ -143,11 +144,15 @@ class Stage:
         values |= {"sums": self.sums, "parts": parts}
         runtime.save_checkpoint(self.last, self.expected | values, keep_previous=True)
 
-    def offer(self, score: float, **weights: torch.nn.Module):
-        """Keep these weights as the best if `score` is finite and lower than any before."""
-        if not math.isfinite(score) or (self.best is not None and score >= self.best):
+    def offer(self, score: float, alike: float = 1.0, **weights: torch.nn.Module):
+        """Keep these weights as the best if `score` is finite and lower than any before.
+
+        alike: up to this factor above the lowest, a score is as good; later weights are kept.
+        """
+        if not math.isfinite(score) or (self.best is not None and score >= self.best * alike):
             return
-        self.best, path = score, self.run.path(f"{self.name}_best.pt")
+        self.best = score if self.best is None else min(score, self.best)
+        path = self.run.path(f"{self.name}_best.pt")
         state = {name: module.state_dict() for name, module in weights.items()}
         values = self.expected | {"nimg": self.nimg, "score": score} | state
         processes.first(lambda: runtime.save_checkpoint(path, values))
@@ -651,7 +656,7 @@ class Gan(RealMaps):
 
 
 def train_dcgan(run: Run):
-    """Train until `gan_kimg`; `dcgan_best.pt` holds the generator of the best validation FD."""
+    """Train until `gan_kimg`; `dcgan_best.pt` is the latest generator of good validation FD."""
     config, gan = run.config, Gan(run)
     stage = Stage(run, "dcgan", config.gan_kimg, config.gan_batch_size, gan.parts(), **gan.link)
     monitor = None if stage.done else Monitor(gan)
@@ -791,7 +796,7 @@ class Monitor:
             features = processes.gathered(self.network.features(images))
             distance = metrics.frechet_distance(features, self.real)
             values["fd_validation"] = distance / self.floor
-            stage.offer(values["fd_validation"], generator=gan.average)
+            stage.offer(values["fd_validation"], FD_ALIKE, generator=gan.average)
         return values
 
     def check_diversity(self, stage: Stage):
