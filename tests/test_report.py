@@ -28,7 +28,7 @@ SECTIONS = {
     "data", "commands", "settings",
 }  # fmt: skip
 CONFIG = Config(
-    preset="smoke", codes=16, widths=(4, 4), gan_widths=(4, 4), subjects=(10, 2, 2),
+    preset="smoke", codes=16, widths=(4, 4, 4, 4), gan_widths=(4, 4), subjects=(10, 2, 2),
     vqvae_kimg=1.0, gan_kimg=2.0, samples=64, cache="the cache", axis=2,
 )  # fmt: skip
 
