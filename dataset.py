@@ -8,7 +8,6 @@ data would make a score wrong. Knows nothing of models.
 
 import contextlib
 import functools
-import gc
 import hashlib
 import json
 import os
@@ -93,7 +92,6 @@ def open_data(config: Config) -> Data:
 
     Raises UserError: exit 3 if the data are unusable, 7 if the cache cannot be written.
     """
-    gc.freeze()  # tens of thousands of names follow: else all of torch is searched for garbage
     _remove_stale(Path(config.cache))
     return _open_folder(config) if config.data else _open_embedded(config)
 

@@ -10,6 +10,7 @@ import ctypes
 import datetime
 import errno
 import functools
+import gc
 import io
 import json
 import os
@@ -178,6 +179,7 @@ def run_script(main: Callable[[], None]):
     A mistake that the reader can mend is one line on stderr; a bug keeps its traceback.
     """
     tame_malloc()
+    gc.freeze()  # what is imported stays: a data set's many names need no search through torch
     signal.signal(signal.SIGTERM, _terminated)
     with contextlib.suppress(AttributeError):  # an ASCII terminal prints '?', not a traceback
         sys.stdout.reconfigure(errors="replace")

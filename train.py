@@ -796,7 +796,7 @@ class Monitor:
             features = processes.gathered(self.network.features(images))
             distance = metrics.frechet_distance(features, self.real)
             values["fd_validation"] = distance / self.floor
-            stage.offer(values["fd_validation"], FD_ALIKE, generator=gan.average)
+            stage.offer(values["fd_validation"], alike=FD_ALIKE, generator=gan.average)
         return values
 
     def check_diversity(self, stage: Stage):

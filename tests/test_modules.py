@@ -18,6 +18,7 @@ from modules import (
     Discriminator,
     Generator,
     Quantizer,
+    ResidualBlock,
     UpsampleConv,
     architecture_rows,
     denoising_loss,
@@ -522,6 +523,11 @@ def test_generators_are_functions_of_their_path():
 
 
 def test_config_makes_the_networks_it_describes():
-    model = make_vqvae(Config(codes=32, code_dim=16, widths=(8, 4, 4, 8)))
+    config = Config(codes=32, code_dim=16, widths=(8, 4, 6, 5), residual_blocks=2)
+    model = make_vqvae(config)
     assert model.quantizer.codebook.shape == (32, 16)
     assert model.encoder[0].out_channels == 8
+    widths = [m.out_channels for m in model.encoder if isinstance(m, torch.nn.Conv2d)]
+    widths += [m.out_channels for m in model.decoder if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [8, 4, 6, 5, 1]
+    assert sum(isinstance(m, ResidualBlock) for m in model.decoder) == 2

@@ -439,7 +439,7 @@ def test_of_alike_scores_the_later_weights_are_kept_and_the_bar_stays(data, tmp_
     model, kept = torch.nn.Linear(1, 1), []
     stage = train.Stage(a_run(tmp_path, data), "dcgan", 0.052, 4, {"model": model})
     for score in (9.0, 2.0, 2.3, 2.5, 2.35, math.nan, 1.9, 2.27, 2.3):
-        stage.offer(score, 1.2, model=model)
+        stage.offer(score, alike=1.2, model=model)
         kept.append(runtime.load_checkpoint(tmp_path / "seed-0/dcgan_best.pt")["score"])
     assert kept == [9, 2, 2.3, 2.3, 2.35, 2.35, 1.9, 2.27, 2.27]
 
