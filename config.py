@@ -173,7 +173,7 @@ class Config:
         32, "maps per step, and crops of the denoiser's", low=1, high=65536
     )
     gan_kimg: float = option(
-        72.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        60.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     stop_collapsed: bool = option(
@@ -184,7 +184,7 @@ class Config:
 
     # Denoiser (Karras et al. 2022, arXiv:2206.00364)
     denoiser_kimg: float = option(
-        38.0,
+        60.0,
         "training length in thousands of crops of 32x32 cells seen; 0: none",
         low=0,
         high=1e7,
@@ -243,7 +243,7 @@ PRESETS = {
     },
     "long": {
         "widths": (16, 8, 32, 16), "residual_blocks": 2, "lr": 2e-3, "vqvae_kimg": 30.0,
-        "gan_kimg": 130.0, "denoiser_kimg": 270.0,
+        "gan_kimg": 130.0, "denoiser_kimg": 240.0,
     },
     "full": {
         "widths": (16, 8, 64, 32), "residual_blocks": 4, "lr": 1e-3, "vqvae_kimg": 400.0,
