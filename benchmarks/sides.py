@@ -28,6 +28,7 @@ from scipy.integrate import simpson
 
 import metrics
 import modules
+import runtime
 import train
 from config import Config
 from dataset import evenly, open_data
@@ -237,7 +238,12 @@ def generate_here(here: Inputs):
     gan.G.eval()
     noise, level = gan.noise(0).repeat(2, 1), gan.levels.repeat(2)
     networks = gan.G, gan.code_map, gan.vqvae
-    return lambda: modules.draw(*networks, noise, level, denoiser=denoiser), len(noise)
+
+    def generate():  # as predict.py does
+        autocast = runtime.autocast(noise.device, here.config.precision)
+        modules.draw(*networks, noise, level, denoiser=denoiser, autocast=autocast)
+
+    return generate, len(noise)
 
 
 def transformer_monai(here: Inputs):
