@@ -9,6 +9,7 @@ of the position in the whole batch, so that N processes compute what one does.
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,6 +32,9 @@ def joined() -> Iterator[None]:
     dist.init_process_group(backend, timeout=PATIENCE)
     yield
     dist.destroy_process_group()  # after a failure the others see the connection close
+    # Gloo's threads live on, and one that lets go of the last tensor while the interpreter ends
+    # aborts the process (github.com/pytorch/pytorch/issues/190489): give it the time before.
+    time.sleep(0.1)
 
 
 class Told(UserError):
