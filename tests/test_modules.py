@@ -438,11 +438,14 @@ def test_loss_is_zero_for_a_network_that_finds_the_map():
     assert denoising_loss(denoiser, u, noise, torch.rand(3) + 0.1).max() < 1e-9
 
 
-@pytest.mark.parametrize(("steps", "error"), [(Denoiser.STEPS, 0.14), (8, 0.06), (48, 0.006)])
-def test_restoring_follows_the_equation_of_normal_numbers(steps, error):
+@pytest.mark.parametrize(
+    ("most", "steps", "error"),
+    [(2.0, 4, 0.1), (2.0, 8, 0.03), (2.0, 48, 0.006), (Denoiser.MOST, Denoiser.STEPS, 0.14)],
+)
+def test_restoring_follows_the_equation_of_normal_numbers(most, steps, error):
     # dx/dsigma = sigma x / (1 + sigma^2), so that x shrinks by sqrt(1 + sigma^2).
     denoiser, noise = Denoiser(4), torch.randn(6, 4, 64, 64)
-    denoiser.STEPS = steps
+    denoiser.MOST, denoiser.STEPS = most, steps
     denoiser.fit(5 + 2 * torch.randn(8, 4, 64, 64))
     u = 5 + 2 * torch.randn(6, 4, 64, 64)
     with torch.no_grad():
