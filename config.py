@@ -144,6 +144,14 @@ class Config:
         20.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
+    # Decoder (Isola et al. 2017, arXiv:1611.07004)
+    decoder_kimg: float = option(
+        0.0,
+        "training length beside a discriminator of patches, in thousands of slices; 0: none",
+        low=0,
+        high=1e7,
+    )
+
     # DCGAN (Radford et al. 2016, arXiv:1511.06434)
     order: str = option(
         "coordinates",
@@ -230,7 +238,7 @@ def _plain(value):
 
 
 # What the lengths of training count.
-SEEN = {"vqvae": "slices", "dcgan": "maps", "denoiser": "crops"}
+SEEN = {"vqvae": "slices", "decoder": "slices", "dcgan": "maps", "denoiser": "crops"}
 
 # Differences from the defaults above. `classic` is the recipe of the original project; its
 # DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map). `long` and `full` keep its
@@ -243,12 +251,12 @@ PRESETS = {
     },
     "long": {
         "widths": (16, 8, 32, 16), "residual_blocks": 2, "lr": 2e-3, "vqvae_kimg": 30.0,
-        "gan_kimg": 130.0, "denoiser_kimg": 240.0,
+        "decoder_kimg": 10.0, "gan_kimg": 120.0, "denoiser_kimg": 220.0,
     },
     "full": {
         "widths": (16, 8, 64, 32), "residual_blocks": 4, "lr": 1e-3, "vqvae_kimg": 400.0,
-        "gan_widths": (128, 64), "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
-        "batch_size": 64,
+        "batch_size": 64, "decoder_kimg": 100.0, "gan_widths": (128, 64),
+        "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
     },
     "classic": {
         "upsampling": "bilinear", "codebook": "loss", "reconstruction": "mse", "lr": 1e-3,
@@ -304,6 +312,7 @@ SECTIONS = {
     "preset": "where",
     "strict": "data",
     "codes": "VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937)",
+    "decoder_kimg": "sharper decoder (Isola et al. 2017, arXiv:1611.07004)",
     "order": "DCGAN (Radford et al. 2016, arXiv:1511.06434)",
     "denoiser_kimg": "denoiser (Karras et al. 2022, arXiv:2206.00364)",
     "samples": "evaluation and arithmetic",

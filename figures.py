@@ -60,6 +60,15 @@ PANELS = {
         Panel("codes", {"used_codes": "used", "perplexity": "perplexity"}),
         Panel("learning rate", {"lr": ""}),
     ),
+    "decoder": (
+        Panel("loss", {"loss": "total", "reconstruction": "reconstruction"}, log=True,
+              noisy=True),
+        Panel("judged by patches", {"g_loss": "decoder", "d_loss": "discriminator"},
+              noisy=True),
+        Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, decoded"}, log=True,
+              noisy=True),
+        Panel("SSIM of validation slices", {"ssim_validation": ""}),
+    ),
     "dcgan": (
         Panel("loss", {"g_loss": "generator", "d_loss": "discriminator"}, noisy=True),
         Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, generated"},

@@ -293,11 +293,15 @@ class VQVAE(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1]."""
-        embedding = F.embedding(indices, self.quantizer.codebook)         # (B, h, w, D)
-        images = self.decoder(embedding.permute(0, 3, 1, 2)).float()      # (B, 1, 4h, 4w)
+        images = self.decode_raw(indices)                                 # (B, 1, 4h, 4w)
         if not torch.isfinite(images).all():
             raise FloatingPointError("the decoder's output is not finite")
         return images.clamp(0, 1)
+
+    def decode_raw(self, indices: Tensor) -> Tensor:
+        """The same, neither clipped nor checked: for training."""
+        embedding = F.embedding(indices, self.quantizer.codebook)         # (B, h, w, D)
+        return self.decoder(embedding.permute(0, 3, 1, 2)).float()        # (B, 1, 4h, 4w)
 
 
 def make_vqvae(config: Config) -> VQVAE:
@@ -331,6 +335,31 @@ def start_awake(module: nn.Module):
         module.weight.mul_(module.weight.sum((1, 2, 3), keepdim=True).sign())
     if isinstance(module, ResidualBlock):  # its convolutions have been started before it
         nn.init.zeros_(module.conv2.weight)
+
+
+class PatchDiscriminator(nn.Module):
+    """One logit for every 4x4 pixels, by the 30x30 about them: of a slice, or drawn?
+
+    Isola et al. 2017, arXiv:1611.07004, section 3.2.2, smaller. It sees the image, and beside
+    it the image minus its 5x5 mean, ten times as strong: what the two differ in.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(2, width, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 1, 3, padding=1),
+        )
+        self.apply(start_at_he)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 1, H, W), H and W multiples of 4 -> logits (B, H/4, W/4)."""
+        fine = x - F.avg_pool2d(x, 5, 1, 2)                               # (B, 1, H, W)
+        seen = torch.cat([2 * x, 10 * fine], 1)                           # (B, 2, H, W)
+        return self.layers(seen.contiguous(memory_format=torch.channels_last))[:, 0]
 
 
 def perplexity(counts: Tensor) -> float:
@@ -578,13 +607,14 @@ def bce_loss(logits: Tensor, target: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
-def gradient_penalty(discriminator: nn.Module, u: Tensor, level: Tensor) -> Tensor:
+def gradient_penalty(discriminator: nn.Module, u: Tensor, *given: Tensor) -> Tensor:
     """Squared norm (B,) of D's gradient at each u: R1 on real maps, R2 on generated ones.
 
     Mescheder et al. 2018, arXiv:1801.04406, eq. 9 and 10, there halved and weighted by gamma.
+    given: what else D is told, its slice levels.
     """
     u = u.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(discriminator(u, level).sum(), u, create_graph=True)
+    (gradient,) = torch.autograd.grad(discriminator(u, *given).sum(), u, create_graph=True)
     return gradient.square().sum((1, 2, 3))                               # (B,)
 
 

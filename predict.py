@@ -196,8 +196,11 @@ class TrainedRun:
     def trained(self) -> dict[str, float]:
         """Its stages of training -> how long, in thousands of what they see."""
         config = self.config
-        stages = {"vqvae": config.vqvae_kimg, "dcgan": config.gan_kimg}
-        return stages | ({"denoiser": config.denoiser_kimg} if self.denoiser else {})
+        stages = {
+            "vqvae": config.vqvae_kimg, "decoder": config.decoder_kimg,
+            "dcgan": config.gan_kimg, "denoiser": config.denoiser_kimg,
+        }  # fmt: skip
+        return {stage: kimg for stage, kimg in stages.items() if kimg}
 
     @property
     def conditional(self) -> bool:
@@ -227,12 +230,20 @@ class TrainedRun:
         return self.code_map.rank.cpu()[maps].clamp(min=0).numpy()
 
 
-BEST = {  # part of a run -> its checkpoint
-    "vqvae": "vqvae_best", "codes": "codes", "generator": "dcgan_best",
-    "denoiser": "denoiser_best",
-}  # fmt: skip
 # A checkpoint holds the checksum of the one that it was made with.
-LINKS = {"codes": "vqvae_best", "dcgan_best": "codes", "denoiser_best": "codes"}
+LINKS = {
+    "codes": "vqvae_best", "decoder_best": "codes", "dcgan_best": "codes",
+    "denoiser_best": "codes",
+}  # fmt: skip
+
+
+def best_of(config: Config) -> dict[str, str]:
+    """Part of a run -> its checkpoint."""
+    best = {
+        "vqvae": "decoder_best" if config.decoder_kimg else "vqvae_best", "codes": "codes",
+        "generator": "dcgan_best",
+    }  # fmt: skip
+    return best | ({"denoiser": "denoiser_best"} if config.denoiser_kimg else {})
 
 
 def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
@@ -260,11 +271,11 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     for name, network in networks.items():
         if network is None:
             continue
-        file = sharing.WEIGHTS if exported else f"{BEST[name]}.pt"
+        file = sharing.WEIGHTS if exported else f"{best_of(config)[name]}.pt"
         runtime.load_weights(network, parts[name], folder / file)
         network.to(where).eval().requires_grad_(False)
     codes = parts["codes"]
-    file = sharing.WEIGHTS if exported else f"{BEST['codes']}.pt"
+    file = sharing.WEIGHTS if exported else "codes.pt"
     code_map = code_map_of(codes, config, folder / file).to(where)
     return TrainedRun(
         folder, config, seed, saved["data"], stamp, where, **networks, code_map=code_map,
@@ -274,19 +285,20 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
 
 def load_checkpoints(folder: Path, config: Config, mine: dict) -> dict[str, dict]:
     """The best weights of a seed's folder, as `sharing.load`. Raises UserError (exit 4)."""
-    names = [name for name in BEST.values() if name != "denoiser_best" or config.denoiser_kimg]
-    paths = {name: folder / f"{name}.pt" for name in names}
+    best = best_of(config)
+    paths = {name: folder / f"{name}.pt" for name in ("vqvae_best", *best.values())}
     values = {
         name: runtime.load_checkpoint(path, stage=name.removesuffix("_best"), **mine)
         for name, path in paths.items()
     }
-    for name in names[1:]:
-        target = LINKS[name]
+    for name, target in LINKS.items():
+        if name not in values:
+            continue
         with runtime.reading(paths[name]):
             if values[name][target.removesuffix("_best")] != runtime.checksum(paths[target]):
                 raise ValueError(f"made with another {paths[target].name}")
     return {
-        "vqvae": values["vqvae_best"].get("model"),
+        "vqvae": values[best["vqvae"]].get("model"),
         "generator": values["dcgan_best"].get("generator"),
         "denoiser": values.get("denoiser_best", {}).get("denoiser"),
         "codes": values["codes"],

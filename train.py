@@ -1,9 +1,9 @@
-"""The four stages: VQ-VAE, index maps, DCGAN, denoiser. Each continues where it stopped.
+"""The stages: VQ-VAE, index maps, decoder, DCGAN, denoiser. Each continues where it stopped.
 
 In: a `Config` and the slices of `dataset.open_data`. Out, in one folder per seed:
 `vqvae_best.pt`, `codes.npy` with `codes.pt` (index maps of every slice, uint16, and the code
-map), `dcgan_best.pt`, `denoiser_best.pt`, `log.csv`. Also a script: `python train.py --stage
-vqvae|codes|dcgan|denoiser`.
+map), `decoder_best.pt`, `dcgan_best.pt`, `denoiser_best.pt`, `log.csv`. Also a script:
+`python train.py --stage vqvae|codes|decoder|dcgan|denoiser`.
 """
 
 import copy
@@ -17,10 +17,11 @@ from pathlib import Path
 from config import SEEN, Config, Exit, Parser, UserError, add_options, config_from
 
 if __name__ == "__main__":  # a mistyped flag must not wait for torch
-    PARSER = Parser("Train one stage, or all four. The same command again continues.")
+    PARSER = Parser("Train one stage, or all of them. The same command again continues.")
     PARSER.add_argument(
-        "--stage", choices=("all", "vqvae", "codes", "dcgan", "denoiser"), default="all",
-        help="vqvae; codes (needs vqvae); dcgan; denoiser (both need codes) [all in turn]",
+        "--stage", choices=("all", "vqvae", "codes", "decoder", "dcgan", "denoiser"),
+        default="all", help="vqvae; codes (needs vqvae); decoder, if it has a length; dcgan; "
+        "denoiser (these need codes, and dcgan the decoder) [all in turn]",
     )  # fmt: skip
     add_options(PARSER)
     ARGUMENTS = PARSER.parse_args()
@@ -50,6 +51,12 @@ CHECKPOINT_EVERY_S = 60
 WARM_UP = 0.05  # share of a stage's steps over which the learning rate rises
 PLAIN = 0.1  # share of the VQ-VAE's steps before its codebook starts from what z has become
 DETAIL = 2.0  # weight of the strength of detail in the reconstruction loss
+WINDOW = 128  # side, in pixels, of what SSIM and patches see of a slice in one step
+ADVERSARIAL = 0.1  # weight of the patches' verdict in the decoder's loss
+DECODER_LR, PATCH_LR, PATCH_GAMMA = 5e-4, 2e-3, 1e-4
+PATCH_NOISE = 0.005  # sd of the noise on what the discriminator of patches sees
+DECODER_HALF_LIFE = 1500  # of the average of the decoder's weights, in slices seen
+SSIM_ALIKE = 1.25  # a sharper decoder may have so much more of 1 - SSIM
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
 FD_ALIKE = 1.2  # fd_validation wavers by so much near its floor, while layout is still learnt
 COLLAPSED = 0.1  # diversity under which samples are nearly alike, after a quarter of the steps
@@ -59,7 +66,7 @@ REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as un
 LOWER = {"vqvae": "a lower --lr, or ", "dcgan": "a lower --gan-lr, or "}  # if it diverges
 
 # What a random number is for: with seed and position it makes its generator.
-WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR, DENOISE = range(1, 10)
+WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR, DENOISE, SHARPEN = range(1, 11)
 
 
 @dataclass
@@ -207,6 +214,11 @@ class Stage:
             )  # fmt: skip
 
 
+def set_lr(lr: float, *optimizers: torch.optim.Optimizer):
+    for group in (group for each in optimizers for group in each.param_groups):
+        group["lr"] = lr
+
+
 def order_of(seed: int, purpose: int, n: int, start: int, count: int) -> np.ndarray:
     """Items start .. start+count-1 of an endless sequence of shuffled epochs of range(n)."""
     places = np.arange(start, start + count)
@@ -297,8 +309,7 @@ def train_vqvae(run: Run):
         if stage.step == plain and config.codebook == "ema":
             start_codebook(model, train, run)
         lr = stage.lr(config.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(lr, optimizer)
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
         images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]])
         quantize = stage.step >= plain
@@ -358,7 +369,7 @@ def reconstruction_loss(
     """
     if config.reconstruction == "mse":
         return F.mse_loss(output, images) / variance
-    size = min(128, images.shape[-1])
+    size = min(WINDOW, images.shape[-1])
     top, left = torch.randint(0, images.shape[-1] - size + 1, (2,), generator=crop).tolist()
     window = (..., slice(top, top + size), slice(left, left + size))
     x, y = output[window], images[window]
@@ -407,15 +418,19 @@ def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
     outputs = torch.cat([model.decode(part).cpu() for part in indices])
     counts = torch.bincount(torch.cat(indices).flatten().cpu(), minlength=run.config.codes)
     processes.sum_(counts)
-    scores = torch.stack([metrics.ssim(images, outputs), metrics.psnr(images, outputs)], 1)
-    ssim, psnr = processes.gathered(scores).mean(0).tolist()
-    stage.offer(-ssim, model=model)
+    scores = likeness(images, outputs)
+    stage.offer(-scores["ssim_validation"], model=model)
     if stage.done:
         warn_of_blanks(stage, images)
-    return {
-        "ssim_validation": ssim, "psnr_validation": psnr,
-        "perplexity": modules.perplexity(counts), "used_codes": int((counts > 0).sum()),
-    }  # fmt: skip
+    used = int((counts > 0).sum())
+    return scores | {"perplexity": modules.perplexity(counts), "used_codes": used}
+
+
+def likeness(images: Tensor, outputs: Tensor) -> dict[str, float]:
+    """Scores of reconstructions, for the log; of each process's share."""
+    scores = torch.stack([metrics.ssim(images, outputs), metrics.psnr(images, outputs)], 1)
+    ssim, psnr = processes.gathered(scores).mean(0).tolist()
+    return {"ssim_validation": ssim, "psnr_validation": psnr}
 
 
 def warn_of_blanks(stage: Stage, images: Tensor):
@@ -432,12 +447,17 @@ def warn_of_blanks(stage: Stage, images: Tensor):
         )
 
 
-def trained_vqvae(run: Run) -> VQVAE:
-    """The best weights of stage 1. Raises UserError (exit 4) if they are unusable."""
-    require(run, "vqvae", run.config.vqvae_kimg)
-    path, model = run.path("vqvae_best.pt"), modules.make_vqvae(run.config)
-    values = runtime.load_checkpoint(path, stage="vqvae", **run.fingerprint())
+def trained_vqvae(run: Run, stage: str = "vqvae") -> VQVAE:
+    """The best weights of stage 1, or 3. Raises UserError (exit 4) if they are unusable."""
+    require(run, stage, getattr(run.config, f"{stage}_kimg"))
+    path, model = run.path(f"{stage}_best.pt"), modules.make_vqvae(run.config)
+    values = runtime.load_checkpoint(path, stage=stage, **run.fingerprint())
     return runtime.load_weights(model, values.get("model"), path).to(run.device).eval()
+
+
+def final_vqvae(run: Run) -> VQVAE:
+    """With the decoder that samples are drawn with."""
+    return trained_vqvae(run, "decoder" if run.config.decoder_kimg else "vqvae")
 
 
 # --- stage 2: index maps ------------------------------------------------------------------
@@ -599,7 +619,135 @@ class RealMaps:
         return self.maps[rows].long() & 0xFFFF
 
 
-# --- stage 3: DCGAN -----------------------------------------------------------------------
+# --- stage 3: decoder ---------------------------------------------------------------------
+
+
+class Decoding:
+    """The decoder of stage 1 and its average, a discriminator of patches, their optimisers."""
+
+    def __init__(self, run: Run, model: VQVAE):
+        self.model = model
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.D = seeded(run.seed, 4, modules.PatchDiscriminator).to(run.device)
+        weights, betas = self.model.decoder.parameters(), (0.0, 0.99)
+        self.adam = torch.optim.Adam(weights, lr=DECODER_LR, betas=betas, fused=True)
+        self.D_adam = torch.optim.Adam(
+            self.D.parameters(), lr=PATCH_LR, betas=betas, fused=True
+        )
+
+    def parts(self) -> dict:
+        return {
+            "decoder": self.model.decoder, "average": self.average.decoder, "D": self.D,
+            "adam": self.adam, "D_adam": self.D_adam,
+        }  # fmt: skip
+
+
+def train_decoder(run: Run):
+    """Train the decoder alone until `decoder_kimg`; `decoder_best.pt` is the whole VQ-VAE.
+
+    Maps stay as they are. The best guess of a detail by error is a blurred one; a discriminator
+    of patches teaches what slices look like (as in VQGAN: Esser et al. 2021, arXiv:2012.09841,
+    section 3.1, there for all of the VQ-VAE). Kept are the latest weights of good SSIM.
+    """
+    config = run.config
+    if config.decoder_kimg == 0:
+        return
+    real, decoding = RealMaps(run), Decoding(run, trained_vqvae(run))
+    slices, average = Feed(run.data.train.images, run.device), decoding.average
+    stage = Stage(
+        run, "decoder", config.decoder_kimg, config.batch_size, decoding.parts(), **real.link
+    )
+    while not stage.done:
+        lr = stage.lr(DECODER_LR)
+        set_lr(lr, decoding.adam)
+        set_lr(stage.lr(PATCH_LR), decoding.D_adam)
+        values = decoder_step(decoding, real, slices, stage)
+        half_life = min(DECODER_HALF_LIFE, 0.1 * stage.nimg)
+        decoder = decoding.model.decoder
+        update_average(average.decoder, decoder, half_life, config.batch_size)
+        stage.after_step(values, lambda: measure_decoder(average, real, stage), lr)
+    stage.shown.close()
+
+
+def decoder_step(decoding: Decoding, real: RealMaps, slices: Feed, stage) -> dict[str, Tensor]:
+    """One step of the discriminator of patches, then one of the decoder, on windows of slices.
+
+    Each patch is judged beside the same patch of its slice. Both get a little noise: that of a
+    scanner, which no code can hold, would give the decoder's away.
+    """
+    run, n = stage.run, stage.batch_size
+    config, draw = run.config, generator_of(run.seed, SHARPEN, stage.step)
+    mine = processes.share(n)
+    chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
+    rows = run.data.train.rows[chosen]
+    maps, images = real.real_maps(rows), unit_range(slices[rows])
+    scale = images.shape[-1] // maps.shape[-1]  # pixels to a cell
+    margin = min(margin_of(config), (maps.shape[-1] - WINDOW // scale) // 2)
+    side = WINDOW // scale + 2 * margin
+    top, left = torch.randint(0, maps.shape[-1] - side + 1, (2,), generator=draw).tolist()
+    cells = maps[:, top : top + side, left : left + side]
+    top, left, edge = scale * (top + margin), scale * (left + margin), scale * margin
+    images = images[..., top : top + WINDOW, left : left + WINDOW]
+    with runtime.autocast(run.device, config.precision):
+        output = decoding.model.decode_raw(cells)[..., edge:-edge, edge:-edge]
+    noise = torch.randn((2, n, 1, WINDOW, WINDOW), generator=draw)[:, mine]
+    noise = sent(PATCH_NOISE * noise, run.device)
+    values = judge_patches(decoding, images + noise[0], output + noise[1], stage)
+    values["reconstruction"] = reconstruction_loss(output, images, config, 1.0, draw)
+    values["loss"] = values["reconstruction"] + ADVERSARIAL * values["g_loss"]
+    decoding.adam.zero_grad(set_to_none=True)
+    values["loss"].backward()
+    processes.average_gradients(decoding.model.decoder, *values.values())
+    decoding.adam.step()
+    return values
+
+
+def margin_of(config: Config) -> int:
+    """Cells about a window that its pixels depend on, at most: bilinear upsampling reaches far."""
+    return 4 + 2 * config.residual_blocks
+
+
+def judge_patches(decoding: Decoding, real: Tensor, fake: Tensor, stage) -> dict[str, Tensor]:
+    """The discriminator's step on images (B, 1, H, W); its losses, and the decoder's g_loss."""
+    D, config = decoding.D, stage.run.config
+    both = torch.cat([real, fake.detach()])
+    with runtime.autocast(real.device, config.precision):
+        real_score, fake_score = D(both).float().chunk(2)  # (B, H/4, W/4) each
+    d_loss, values = modules.relativistic_loss(real_score, fake_score), {}
+    if stage.step % config.penalty_every == 0:
+        r1, r2 = modules.gradient_penalty(D, both).chunk(2)
+        patches = real_score[0].numel()
+        values = {"r1": r1.mean() / patches, "r2": r2.mean() / patches}  # of one logit
+        weight = PATCH_GAMMA / 2 * config.penalty_every
+        d_loss = d_loss + weight * (values["r1"] + values["r2"])
+    decoding.D_adam.zero_grad(set_to_none=True)
+    d_loss.backward()
+    processes.average_gradients(D)
+    decoding.D_adam.step()
+    D.requires_grad_(False)
+    with runtime.autocast(real.device, config.precision):
+        fake_score = D(fake).float()
+    D.requires_grad_(True)
+    g_loss = modules.relativistic_loss(fake_score, real_score.detach())
+    return {"g_loss": g_loss, "d_loss": d_loss, **values}
+
+
+@torch.no_grad()
+def measure_decoder(average: VQVAE, real: RealMaps, stage: Stage) -> dict:
+    """Validation scores for the log, ten times in a training; keeps the average's weights."""
+    if not (stage.done or stage.step % (stage.every * max(1, ROWS // 10)) == 0):
+        return {}
+    validation = stage.run.data.validation
+    rows = evenly(len(validation), 128)
+    rows = rows[processes.share(len(rows))]
+    maps = real.real_maps(validation.rows[rows])
+    outputs = torch.cat([average.decode(part).cpu() for part in maps.split(32)])
+    scores = likeness(validation.batch(rows), outputs)
+    stage.offer(1 - scores["ssim_validation"], alike=SSIM_ALIKE, model=average)
+    return scores
+
+
+# --- stage 4: DCGAN -----------------------------------------------------------------------
 
 
 class Gan(RealMaps):
@@ -662,8 +810,7 @@ def train_dcgan(run: Run):
     monitor = None if stage.done else Monitor(gan)
     while not stage.done:
         lr = stage.lr(config.gan_lr)
-        for group in gan.G_adam.param_groups + gan.D_adam.param_groups:
-            group["lr"] = lr
+        set_lr(lr, gan.G_adam, gan.D_adam)
         values = dcgan_step(gan, stage.nimg, stage.step)
         half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
         update_average(gan.average, gan.G, half_life, config.gan_batch_size)
@@ -751,7 +898,7 @@ class Monitor:
     @torch.no_grad()
     def __init__(self, gan: Gan):
         run, self.gan = gan.run, gan
-        self.vqvae = trained_vqvae(run)
+        self.vqvae = final_vqvae(run)
         self.network = metrics.RandomFeatures()
         train, validation = run.data.train, run.data.validation
         self.n = min(self.N, len(validation), len(train) // 2)
@@ -836,7 +983,7 @@ def mean_distance(u: Tensor) -> float:
     return torch.pdist(u.flatten(1)).mean().item()
 
 
-# --- stage 4: denoiser --------------------------------------------------------------------
+# --- stage 5: denoiser --------------------------------------------------------------------
 
 
 def train_denoiser(run: Run):
@@ -861,8 +1008,7 @@ def train_denoiser(run: Run):
     )
     while not stage.done:
         lr = stage.lr(DENOISER_LR)
-        for group in adam.param_groups:
-            group["lr"] = lr
+        set_lr(lr, adam)
         loss = denoiser_step(denoiser, adam, real, stage)
         half_life = min(DENOISER_HALF_LIFE, 0.1 * stage.nimg)
         update_average(average, denoiser, half_life, config.gan_batch_size)
@@ -920,8 +1066,8 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
 
 
 STAGES = {
-    "vqvae": train_vqvae, "codes": extract_codes, "dcgan": train_dcgan,
-    "denoiser": train_denoiser,
+    "vqvae": train_vqvae, "codes": extract_codes, "decoder": train_decoder,
+    "dcgan": train_dcgan, "denoiser": train_denoiser,
 }  # fmt: skip
 
 
@@ -933,7 +1079,8 @@ def run_stages(run: Run, names):
                 STAGES[name](run)
                 runtime.release_memory()
             except Exception as problem:
-                flag = {"vqvae": "batch_size", "codes": None}.get(name, "gan_batch_size")
+                flags = {"vqvae": "batch_size", "decoder": "batch_size", "codes": None}
+                flag = flags.get(name, "gan_batch_size")
                 if flag is None or not runtime.is_out_of_memory(problem):
                     raise
                 half = max(1, getattr(run.config, flag) // 2)

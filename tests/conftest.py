@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SMALL = [
     "--codes", "16", "--widths", "4", "4", "4", "4", "--batch-size", "8",
-    "--vqvae-kimg", "0.08",
+    "--vqvae-kimg", "0.08", "--decoder-kimg", "0.08",
     "--gan-widths", "4", "4", "--gan-batch-size", "8", "--gan-kimg", "0.08",
     "--denoiser-kimg", "0.08", "--samples", "8",
 ]  # fmt: skip

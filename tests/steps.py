@@ -27,6 +27,7 @@ from dataset import BrainSlices
 
 CONFIG = Config(precision="float32", batch_size=8, gan_batch_size=8, codes=64)
 SLICES = 24
+DECODER_LOSSES = "loss", "g_loss", "d_loss", "r1", "r2"
 
 
 def slices() -> BrainSlices:
@@ -80,6 +81,23 @@ def without_files() -> train.Gan:
     return gan
 
 
+def decoder_steps() -> dict:
+    gan, model = without_files(), train.seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
+    decoding, losses = train.Decoding(gan.run, model), []
+    decoding.adam = torch.optim.SGD(model.decoder.parameters(), lr=1e-2)
+    decoding.D_adam = torch.optim.SGD(decoding.D.parameters(), lr=1e-2)
+    images = train.Feed(gan.run.data.train.images, gan.run.device)
+    before = floats("decoder", model.decoder) | floats("patches", decoding.D)
+    stage = SimpleNamespace(run=gan.run, batch_size=8)
+    for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
+        stage.nimg = 8 * stage.step
+        values = train.decoder_step(decoding, gan, images, stage)
+        losses.append([values[k].item() if k in values else 0.0 for k in DECODER_LOSSES])
+    after = floats("decoder", model.decoder) | floats("patches", decoding.D)
+    moved = {k: v - before[k] for k, v in after.items()}
+    return moved | {"decoder.losses": torch.tensor(losses)}
+
+
 def gan_steps() -> dict:
     gan = without_files()
     gan.networks()
@@ -122,7 +140,7 @@ def features() -> dict:
 
 @processes.joined()
 def main(path: str):
-    state = vqvae_steps() | gan_steps() | denoiser_steps() | features()
+    state = vqvae_steps() | decoder_steps() | gan_steps() | denoiser_steps() | features()
     if processes.is_first():
         torch.save(state, path)
 

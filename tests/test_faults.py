@@ -372,6 +372,7 @@ def test_out_of_memory_is_exit_8_and_says_half_of_the_batch(slices, tmp_path):
     [
         ("vqvae", "--batch-size 4"),
         ("codes", "out of memory"),
+        ("decoder", "--batch-size 4"),
         ("dcgan", "--gan-batch-size 4"),
         ("denoiser", "--gan-batch-size 4"),
     ],
@@ -521,12 +522,15 @@ def relink(folder: Path, changed: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["vqvae_best.pt", "codes.pt", "dcgan_best.pt", "denoiser_best.pt"]
+    "name",
+    ["vqvae_best.pt", "codes.pt", "decoder_best.pt", "dcgan_best.pt", "denoiser_best.pt"],
 )
 def test_predict_refuses_a_file_that_lacks_a_part_or_holds_another(name, seed):
     path = seed / name
     values = runtime.load_checkpoint(path)
-    for key in values.keys() - {"format", "nimg", "score", "maps"}:  # which it does not use
+    unused = {"format", "nimg", "score", "maps"}
+    unused |= {"model"} if name == "vqvae_best.pt" else set()  # that of decoder_best.pt is used
+    for key in values.keys() - unused:
         wrong = torch.full((3,), 7.0)
         for other in (without(values, key), values | {key: 7}, values | {key: wrong}):
             runtime.save_checkpoint(path, other)
@@ -599,11 +603,10 @@ def test_weights_that_overflow_make_no_picture(seed, slices, tmp_path, monkeypat
     }
     for name, command in commands.items():
         copy = shutil.copytree(seed, tmp_path / name)
-        values = runtime.load_checkpoint(copy / "vqvae_best.pt")
+        values = runtime.load_checkpoint(copy / "decoder_best.pt")
         for key in [k for k in values["model"] if k.startswith(name)]:
             values["model"][key] *= 1e30
-        runtime.save_checkpoint(copy / "vqvae_best.pt", values)
-        relink(copy, "vqvae_best.pt")
+        runtime.save_checkpoint(copy / "decoder_best.pt", values)
         ending = predict_ending([*command, copy, "--out", tmp_path / "x"], monkeypatch)
         assert ending == Exit.DIVERGED, name
         error = capsys.readouterr().err

@@ -39,6 +39,7 @@ def every_figure(stamp: str = "") -> dict[str, Figure]:
     x, m = slices(3), maps(3)
     return {
         "vqvae": figures.curves(log_rows("vqvae", 100), "vqvae", stamp),
+        "decoder": figures.curves(log_rows("decoder", 100), "decoder", stamp),
         "dcgan": figures.curves(log_rows("dcgan", 100), "dcgan", stamp),
         "denoiser": figures.curves(log_rows("denoiser", 100), "denoiser", stamp),
         "reconstructions": figures.reconstructions(x, m, x, [0.9, 0.8, 0.7], 40, stamp),
@@ -114,7 +115,8 @@ def test_curves_of_a_single_row(stage):
 def test_curves_leave_out_cells_not_measured(stage, empty):
     rows = log_rows(stage, 9)
     column = {
-        "vqvae": "ssim_validation", "dcgan": "fd_validation", "denoiser": "loss_validation",
+        "vqvae": "ssim_validation", "decoder": "ssim_validation", "dcgan": "fd_validation",
+        "denoiser": "loss_validation",
     }[stage]  # fmt: skip
     for row in rows[:7]:
         row[column] = empty

@@ -17,6 +17,7 @@ from modules import (
     Denoiser,
     Discriminator,
     Generator,
+    PatchDiscriminator,
     Quantizer,
     ResidualBlock,
     UpsampleConv,
@@ -211,6 +212,17 @@ def test_a_nan_in_the_encoder_is_no_picture():
         model.encoder[0].weight[0, 0, 0, 0] = math.nan
         with pytest.raises(FloatingPointError):
             model.encode(torch.rand(1, 1, 256, 256))
+
+
+def test_a_logit_of_the_patch_discriminator_is_about_30_by_30_pixels():
+    discriminator = PatchDiscriminator(width=4).double()
+    x = torch.rand(1, 1, 64, 64, dtype=torch.double, requires_grad=True)
+    logits = discriminator(x)
+    assert logits.shape == (1, 16, 16)
+    logits[0, 8, 8].backward()
+    middle = 4 * 8 + 1.5
+    for places in x.grad[0, 0].nonzero().T:
+        assert (places.min(), places.max()) == (middle - 14.5, middle + 14.5)
 
 
 def test_perplexity():

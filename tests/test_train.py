@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +17,13 @@ import metrics
 import modules
 import runtime
 import train
-from config import Config, Exit, UserError
+from config import PRESETS, Config, Exit, UserError
 from dataset import BrainSlices, Data
 
 TINY = Config(
     codes=16, code_dim=8, widths=(4, 4, 4, 4), batch_size=4, vqvae_kimg=0.052,
     gan_widths=(16, 4), gan_batch_size=4, gan_kimg=0.052, penalty_every=4, samples=8,
-    ema_kimg=0.02, denoiser_kimg=0.052, device="cpu",
+    ema_kimg=0.02, decoder_kimg=0.052, denoiser_kimg=0.052, device="cpu",
 )  # fmt: skip
 STEPS = 13  # of each training stage
 
@@ -70,7 +71,7 @@ def train_all(run):
 def final_state(run) -> dict:
     """Everything that continuation must reproduce, times aside."""
     state = {}
-    stages = ("vqvae", "dcgan", "denoiser")
+    stages = ("vqvae", "decoder", "dcgan", "denoiser")
     for name in ("codes", *(f"{s}_{w}" for s in stages for w in ("last", "best"))):
         values = torch.load(run.path(f"{name}.pt"), weights_only=True)
         for key in ("seconds", "row_seconds", "vqvae", "codes"):  # times; checksums over times
@@ -111,9 +112,10 @@ def expected(uninterrupted):
     return final_state(uninterrupted)
 
 
-# Step 1, mid-epoch, an epoch's end (24 slices, 4 a step), a stage's end, the same in stage 3;
-# index maps ask once a batch of 64 slices, so 14 is within them. And in stage 4.
-STOPS = [(1,), (5,), (6, 1), (13,), (14,), (15,), (19, 3), (26,), (28,), (33, 4), (40,)]
+# Step 1, mid-epoch, an epoch's end (24 slices, 4 a step), a stage's end; index maps ask once a
+# batch of 64 slices, so 14 is within them. Then the same in stages 3, 4 and 5.
+STOPS = [(1,), (5,), (6, 1), (13,), (14,)]
+STOPS += [(15,), (19, 3), (27,), (28,), (32, 3), (39,), (41,), (46, 4), (53,)]
 
 
 @pytest.mark.parametrize("stops", STOPS)
@@ -132,7 +134,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     again, other = (a_run(tmp_path, data, seed=seed) for seed in (0, 1))
     for run in (again, other):
         train_all(run)
-    best = (f"{stage}_best.pt" for stage in ("vqvae", "dcgan", "denoiser"))
+    best = (f"{stage}_best.pt" for stage in ("vqvae", "decoder", "dcgan", "denoiser"))
     for name in ("codes.npy", "codes.pt", *best):
         wanted = uninterrupted.path(name).read_bytes()
         assert again.path(name).read_bytes() == wanted, name
@@ -169,7 +171,8 @@ def test_30_kills_at_random_moments_lose_nothing(data, uninterrupted, expected, 
 
 def tampered(tmp_path, data, name: str, change) -> dict:
     """The final state after stage `name` was stopped, its checkpoint changed, and continued."""
-    stop = 5 + {"vqvae": 0, "dcgan": STEPS + 1, "denoiser": 2 * STEPS + 1}[name]
+    place = ("vqvae", "decoder", "dcgan", "denoiser").index(name)
+    stop = 5 + place * STEPS + (place > 0)
     with pytest.raises(runtime.Interrupted):
         train_all(a_run(tmp_path, data, stop))
     path = tmp_path / "seed-0" / f"{name}_last.pt"
@@ -198,7 +201,8 @@ def forget_codebook_sums(values):
 
 def forget_average(values):
     parts = values["parts"]
-    parts["average"] = dict(parts["denoiser" if "denoiser" in parts else "G"])
+    network = next(name for name in ("decoder", "G", "denoiser") if name in parts)
+    parts["average"] = dict(parts[network])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +212,8 @@ def forget_average(values):
         ("vqvae", forget_position), ("dcgan", forget_position),
         ("vqvae", forget_codebook_sums), ("dcgan", forget_average),
         ("denoiser", forget_optimizers), ("denoiser", forget_position),
-        ("denoiser", forget_average),
+        ("denoiser", forget_average), ("decoder", forget_optimizers),
+        ("decoder", forget_position), ("decoder", forget_average),
     ],
 )  # fmt: skip
 def test_the_comparison_sees_what_a_checkpoint_lacks(name, change, data, expected, tmp_path):
@@ -283,6 +288,7 @@ def test_contrast_is_part_of_what_is_kept(uninterrupted):
 def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
     monkeypatch.setattr(train, "vqvae_step", None)
+    monkeypatch.setattr(train, "decoder_step", None)
     monkeypatch.setattr(train, "dcgan_step", None)
     monkeypatch.setattr(train, "denoiser_step", None)
     train_all(a_run(uninterrupted.folder.parent, data))
@@ -341,12 +347,12 @@ def test_other_settings_do_not_continue_a_stage(data, tmp_path):
     assert problem.value.code == Exit.CHECKPOINT
 
 
-@pytest.mark.parametrize("stage", ["vqvae", "dcgan", "denoiser"])
+@pytest.mark.parametrize("stage", ["vqvae", "decoder", "dcgan", "denoiser"])
 def test_a_nan_ends_training_and_is_in_no_checkpoint(stage, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
     owner, function = {
         "vqvae": (train, "reconstruction_loss"), "dcgan": (train, "discriminator_loss"),
-        "denoiser": (modules, "denoising_loss"),
+        "denoiser": (modules, "denoising_loss"), "decoder": (train, "judge_patches"),
     }[stage]  # fmt: skip
     real, calls = getattr(owner, function), []
 
@@ -355,6 +361,8 @@ def test_a_nan_ends_training_and_is_in_no_checkpoint(stage, data, tmp_path, monk
         calls.extend([1] * torch.is_grad_enabled())  # a step, not a look at validation
         if len(calls) < 7:
             return value
+        if stage == "decoder":
+            return value | {"g_loss": value["g_loss"] * math.nan}
         return (value[0] * math.nan, *value[1:]) if stage == "dcgan" else value * math.nan
 
     monkeypatch.setattr(owner, function, poisoned)
@@ -444,6 +452,41 @@ def test_of_alike_scores_the_later_weights_are_kept_and_the_bar_stays(data, tmp_
     assert kept == [9, 2, 2.3, 2.3, 2.35, 2.35, 1.9, 2.27, 2.27]
 
 
+def test_patches_are_told_apart_and_the_decoder_hears_what_they_lack(uninterrupted):
+    """Slices beside blurred ones; the decoder's side of it leaves the discriminator alone."""
+    stage, draw = SimpleNamespace(run=uninterrupted), torch.Generator().manual_seed(0)
+    decoding, losses = train.Decoding(uninterrupted, modules.make_vqvae(TINY)), []
+    noise = torch.rand(4, 1, 128, 128, generator=draw)
+    real = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    fake = torch.nn.functional.avg_pool2d(real, 3, 1, 1).requires_grad_()
+    for stage.step in range(30):
+        values = train.judge_patches(decoding, real, fake, stage)
+        losses.append(values["d_loss"].item())
+    assert losses[-1] < 0.5 * losses[0], losses
+    before = [p.grad.clone() for p in decoding.D.parameters()]
+    values["g_loss"].backward()
+    assert all(map(torch.equal, before, (p.grad for p in decoding.D.parameters())))
+    lacking, asked = metrics.high_pass(real - fake).detach(), -fake.grad
+    assert (lacking * asked).sum() > 0.1 * lacking.norm() * asked.norm()
+
+
+def test_what_lies_about_a_window_does_not_reach_it():
+    """The margin holds all cells that a pixel depends on, for each preset that trains so."""
+    for preset in ("long", "full"):
+        config = replace(Config(), **PRESETS[preset])
+        model = modules.make_vqvae(config).eval()
+        for block in model.decoder:  # whose last layers start at zero
+            if isinstance(block, modules.ResidualBlock):
+                torch.nn.init.normal_(block.conv2.weight, std=0.1)
+        maps = torch.randint(config.codes, (1, 64, 64))
+        whole, crop = model.decode_raw(maps), model.decode_raw(maps[:, 10:42, 10:42])
+        margin = train.margin_of(config)
+        for cells, alike in ((margin, True), (margin - 3, False)):  # bilinear needs more
+            edge, inside = 4 * cells, slice(4 * (10 + cells), 4 * (42 - cells))
+            apart = crop[..., edge:-edge, edge:-edge] - whole[..., inside, inside]
+            assert (apart.abs().max() < 1e-5 * whole.abs().max()) == alike, preset
+
+
 def test_level_tables():
     levels = np.repeat(np.linspace(0, 1, 4, dtype=np.float32), 25)
     table = train.level_table(levels)
@@ -525,12 +568,18 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     run.device = torch.device("cpu")
     gan = train.Gan(run)
     run.device = meta
+    decoding = train.Decoding(run, model)
+    decoding.adam = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
+    decoding.D_adam = torch.optim.SGD(decoding.D.parameters(), lr=0.1)
     for name in ("G", "D", "average", "code_map"):
         getattr(gan, name).to(meta)
     gan.maps = train.Feed(gan.maps.array, meta)
     gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=0.1)
     gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=0.1)
-    for step in (0, 1):  # with and without penalties
+    for stage.nimg in (0, 4):  # with and without penalties
+        values = train.decoder_step(decoding, gan, slices, stage)
+        assert values["g_loss"].device == meta
+    for step in (0, 1):
         values = train.dcgan_step(gan, 4 * step, step)
         train.update_average(gan.average, gan.G, 4 * step, 4)
         assert values["g_loss"].device == meta
