@@ -703,7 +703,7 @@ def decoder_step(decoding: Decoding, real: RealMaps, slices: Feed, stage) -> dic
 
 
 def margin_of(config: Config) -> int:
-    """Cells about a window that its pixels depend on, at most: bilinear upsampling reaches far."""
+    """Cells about a window that its pixels depend on, at most: bilinear upsampling sees far."""
     return 4 + 2 * config.residual_blocks
 
 
