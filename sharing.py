@@ -128,6 +128,10 @@ def model_card(run) -> str:
     )
     stamp = f"**{run.stamp}**\n\n" if run.stamp else ""
     and_denoiser = ", and a denoiser that makes their cells fit together" * bool(run.denoiser)
+    made_up = (
+        "\nFine texture is what slices look like, not what one had, in reconstructions too: the"
+        "\ndecoder learned it beside a discriminator, and no index map holds it."
+    ) * (run.config.decoder_kimg > 0)
     licence = PRIVATE_LICENCE if run.stamp else EMBEDDED_LICENCE
     return f"""# Brain MRI slices from a codebook: VQ-VAE and DCGAN
 
@@ -145,7 +149,7 @@ run = load_run("this folder")
 maps, brains = run.sample(8, seed=1)  # {EXAMPLE}: (8, 1, 256, 256) in [0, 1]
 ```
 
-No basis for any medical judgement: nothing that a sample shows was seen in anybody.
+No basis for any medical judgement: nothing that a sample shows was seen in anybody.{made_up}
 
 ## Data
 

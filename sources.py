@@ -162,8 +162,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _is_device(entry: os.DirEntry) -> bool:
-    try:
-        return not stat.S_ISREG(entry.stat().st_mode)
+    try:  # what a plain file is the folder's listing says, without a look at the file
+        return not (entry.is_file(follow_symlinks=False) or stat.S_ISREG(entry.stat().st_mode))
     except OSError:  # a link to nowhere: as a file that cannot be read
         return False
 

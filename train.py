@@ -56,7 +56,7 @@ ADVERSARIAL = 0.1  # weight of the patches' verdict in the decoder's loss
 DECODER_LR, PATCH_LR, PATCH_GAMMA = 5e-4, 2e-3, 1e-4
 PATCH_NOISE = 0.005  # sd of the noise on what the discriminator of patches sees
 DECODER_HALF_LIFE = 1500  # of the average of the decoder's weights, in slices seen
-SSIM_ALIKE = 1.25  # a sharper decoder may have so much more of 1 - SSIM
+SSIM_ALIKE = 1.25  # a sharper decoder may have so much more of 1 - SSIM than stage 1's
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
 FD_ALIKE = 1.2  # fd_validation wavers by so much near its floor, while layout is still learnt
 COLLAPSED = 0.1  # diversity under which samples are nearly alike, after a quarter of the steps
@@ -303,7 +303,7 @@ def train_vqvae(run: Run):
     parts = {"model": model, "optimizer": optimizer}
     stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
     plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
-    variance = data_variance(train) if config.reconstruction == "mse" else 1.0
+    variance = data_variance(train, config)
     slices = Feed(train.images, run.device)
     while not stage.done:
         if stage.step == plain and config.codebook == "ema":
@@ -377,8 +377,10 @@ def reconstruction_loss(
     return F.l1_loss(output, images) + 1 - metrics.ssim_core(x, y).mean() + DETAIL * detail
 
 
-def data_variance(train: BrainSlices) -> float:
-    """Variance of the training slices' pixels, from at most 512 of them."""
+def data_variance(train: BrainSlices, config: Config) -> float:
+    """Variance of the training slices' pixels, from at most 512 of them; 1 if no loss asks."""
+    if config.reconstruction != "mse":
+        return 1.0
     return max(train.batch(evenly(len(train), 512)).var().item(), 1e-6)
 
 
@@ -447,17 +449,15 @@ def warn_of_blanks(stage: Stage, images: Tensor):
         )
 
 
-def trained_vqvae(run: Run, stage: str = "vqvae") -> VQVAE:
-    """The best weights of stage 1, or 3. Raises UserError (exit 4) if they are unusable."""
+def trained_vqvae(run: Run, stage: str = "vqvae", **given) -> VQVAE:
+    """The best weights of stage 1, or 3. Raises UserError (exit 4) if they are unusable.
+
+    given: further values that their checkpoint must match.
+    """
     require(run, stage, getattr(run.config, f"{stage}_kimg"))
     path, model = run.path(f"{stage}_best.pt"), modules.make_vqvae(run.config)
-    values = runtime.load_checkpoint(path, stage=stage, **run.fingerprint())
+    values = runtime.load_checkpoint(path, stage=stage, **run.fingerprint(), **given)
     return runtime.load_weights(model, values.get("model"), path).to(run.device).eval()
-
-
-def final_vqvae(run: Run) -> VQVAE:
-    """With the decoder that samples are drawn with."""
-    return trained_vqvae(run, "decoder" if run.config.decoder_kimg else "vqvae")
 
 
 # --- stage 2: index maps ------------------------------------------------------------------
@@ -626,7 +626,8 @@ class Decoding:
     """The decoder of stage 1 and its average, a discriminator of patches, their optimisers."""
 
     def __init__(self, run: Run, model: VQVAE):
-        self.model = model
+        self.model = model.requires_grad_(False)
+        self.model.decoder.requires_grad_(True)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.D = seeded(run.seed, 4, modules.PatchDiscriminator).to(run.device)
         weights, betas = self.model.decoder.parameters(), (0.0, 0.99)
@@ -654,14 +655,17 @@ def train_decoder(run: Run):
         return
     real, decoding = RealMaps(run), Decoding(run, trained_vqvae(run))
     slices, average = Feed(run.data.train.images, run.device), decoding.average
+    variance = data_variance(run.data.train, config)
     stage = Stage(
         run, "decoder", config.decoder_kimg, config.batch_size, decoding.parts(), **real.link
     )
+    if stage.step == 0:  # how good stage 1 left it sets the bar
+        measure_decoder(average, real, stage)
     while not stage.done:
         lr = stage.lr(DECODER_LR)
         set_lr(lr, decoding.adam)
         set_lr(stage.lr(PATCH_LR), decoding.D_adam)
-        values = decoder_step(decoding, real, slices, stage)
+        values = decoder_step(decoding, real, slices, variance, stage)
         half_life = min(DECODER_HALF_LIFE, 0.1 * stage.nimg)
         decoder = decoding.model.decoder
         update_average(average.decoder, decoder, half_life, config.batch_size)
@@ -669,11 +673,14 @@ def train_decoder(run: Run):
     stage.shown.close()
 
 
-def decoder_step(decoding: Decoding, real: RealMaps, slices: Feed, stage) -> dict[str, Tensor]:
+def decoder_step(
+    decoding: Decoding, real: RealMaps, slices: Feed, variance: float, stage
+) -> dict[str, Tensor]:
     """One step of the discriminator of patches, then one of the decoder, on windows of slices.
 
     Each patch is judged beside the same patch of its slice. Both get a little noise: that of a
-    scanner, which no code can hold, would give the decoder's away.
+    scanner, which no code can hold, would give the decoder's away. Only cells that a window
+    depends on are decoded.
     """
     run, n = stage.run, stage.batch_size
     config, draw = run.config, generator_of(run.seed, SHARPEN, stage.step)
@@ -681,25 +688,37 @@ def decoder_step(decoding: Decoding, real: RealMaps, slices: Feed, stage) -> dic
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
     rows = run.data.train.rows[chosen]
     maps, images = real.real_maps(rows), unit_range(slices[rows])
-    scale = images.shape[-1] // maps.shape[-1]  # pixels to a cell
-    margin = min(margin_of(config), (maps.shape[-1] - WINDOW // scale) // 2)
-    side = WINDOW // scale + 2 * margin
-    top, left = torch.randint(0, maps.shape[-1] - side + 1, (2,), generator=draw).tolist()
-    cells = maps[:, top : top + side, left : left + side]
-    top, left, edge = scale * (top + margin), scale * (left + margin), scale * margin
-    images = images[..., top : top + WINDOW, left : left + WINDOW]
+    window, cells, inside = window_of(images, maps, margin_of(config), draw)
+    images = images[window]
     with runtime.autocast(run.device, config.precision):
-        output = decoding.model.decode_raw(cells)[..., edge:-edge, edge:-edge]
+        output = decoding.model.decode_raw(maps[cells])[inside]
     noise = torch.randn((2, n, 1, WINDOW, WINDOW), generator=draw)[:, mine]
     noise = sent(PATCH_NOISE * noise, run.device)
     values = judge_patches(decoding, images + noise[0], output + noise[1], stage)
-    values["reconstruction"] = reconstruction_loss(output, images, config, 1.0, draw)
+    values["reconstruction"] = reconstruction_loss(output, images, config, variance, draw)
     values["loss"] = values["reconstruction"] + ADVERSARIAL * values["g_loss"]
     decoding.adam.zero_grad(set_to_none=True)
     values["loss"].backward()
     processes.average_gradients(decoding.model.decoder, *values.values())
     decoding.adam.step()
     return values
+
+
+def window_of(images, maps, margin: int, draw: torch.Generator) -> tuple[tuple, tuple, tuple]:
+    """A random window of whole cells, as three indices: of images, maps, and decoded cells.
+
+    The cells are those of the window and `margin` more on each side, as far as there are any:
+    at a map's edge the decoder pads, as it does for whole maps.
+    """
+    scale = images.shape[-1] // maps.shape[-1]  # pixels to a cell
+    side = WINDOW // scale
+    window, cells, inside = [...], [...], [...]
+    for start in torch.randint(0, maps.shape[-1] - side + 1, (2,), generator=draw).tolist():
+        first = max(0, start - margin)
+        cells.append(slice(first, start + side + margin))
+        window.append(slice(scale * start, scale * start + WINDOW))
+        inside.append(slice(scale * (start - first), scale * (start - first) + WINDOW))
+    return tuple(window), tuple(cells), tuple(inside)
 
 
 def margin_of(config: Config) -> int:
@@ -898,7 +917,8 @@ class Monitor:
     @torch.no_grad()
     def __init__(self, gan: Gan):
         run, self.gan = gan.run, gan
-        self.vqvae = final_vqvae(run)
+        stage, link = ("decoder", gan.link) if run.config.decoder_kimg else ("vqvae", {})
+        self.vqvae = trained_vqvae(run, stage, **link)
         self.network = metrics.RandomFeatures()
         train, validation = run.data.train, run.data.validation
         self.n = min(self.N, len(validation), len(train) // 2)

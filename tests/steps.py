@@ -91,7 +91,7 @@ def decoder_steps() -> dict:
     stage = SimpleNamespace(run=gan.run, batch_size=8)
     for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
         stage.nimg = 8 * stage.step
-        values = train.decoder_step(decoding, gan, images, stage)
+        values = train.decoder_step(decoding, gan, images, 1.0, stage)
         losses.append([values[k].item() if k in values else 0.0 for k in DECODER_LOSSES])
     after = floats("decoder", model.decoder) | floats("patches", decoding.D)
     moved = {k: v - before[k] for k, v in after.items()}

@@ -471,6 +471,17 @@ def test_patches_are_told_apart_and_the_decoder_hears_what_they_lack(uninterrupt
     assert (lacking * asked).sum() > 0.1 * lacking.norm() * asked.norm()
 
 
+def test_windows_lie_everywhere_and_are_decoded_as_in_the_whole():
+    model, maps = modules.make_vqvae(TINY).eval(), torch.randint(16, (2, 64, 64))
+    whole, draw, starts = model.decode_raw(maps), torch.Generator().manual_seed(0), set()
+    for _ in range(200):
+        window, cells, inside = train.window_of(whole, maps, train.margin_of(TINY), draw)
+        starts.add(window[1].start)
+        found = model.decode_raw(maps[cells])[inside]
+        assert torch.allclose(found, whole[window], atol=1e-6 * whole.abs().max().item())
+    assert starts == set(range(0, 129, 4))
+
+
 def test_what_lies_about_a_window_does_not_reach_it():
     """The margin holds all cells that a pixel depends on, for each preset that trains so."""
     for preset, upsampling in itertools.product(("long", "full"), ("nearest", "bilinear")):
@@ -578,7 +589,7 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=0.1)
     gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=0.1)
     for stage.nimg in (0, 4):  # with and without penalties
-        values = train.decoder_step(decoding, gan, slices, stage)
+        values = train.decoder_step(decoding, gan, slices, 1.0, stage)
         assert values["g_loss"].device == meta
     for step in (0, 1):
         values = train.dcgan_step(gan, 4 * step, step)
