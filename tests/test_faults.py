@@ -271,7 +271,7 @@ def test_a_full_disk_at_figures_costs_the_figures_alone(finished, slices, tmp_pa
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warning: drawing ") == 10 and "Traceback" not in done.stderr
+    assert done.stderr.count("warning: drawing ") == 11 and "Traceback" not in done.stderr
     assert done.stderr.count("warning: writing report.html failed") == 1
     assert not list((tmp_path / "out/seed-0/figures").iterdir())
     written, before = (
