@@ -687,9 +687,9 @@ def decoder_step(
     mine = processes.share(n)
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
     rows = run.data.train.rows[chosen]
-    maps, images = real.real_maps(rows), unit_range(slices[rows])
-    window, cells, inside = window_of(images, maps, margin_of(config), draw)
-    images = images[window]
+    maps, pixels = real.real_maps(rows), slices[rows]  # (B, h, w), (B, H, W) uint8
+    window, cells, inside = window_of(pixels, maps, margin_of(config), draw)
+    images = unit_range(pixels[window])  # (B, 1, WINDOW, WINDOW)
     with runtime.autocast(run.device, config.precision):
         output = decoding.model.decode_raw(maps[cells])[inside]
     noise = torch.randn((2, n, 1, WINDOW, WINDOW), generator=draw)[:, mine]
@@ -705,7 +705,7 @@ def decoder_step(
 
 
 def window_of(images, maps, margin: int, draw: torch.Generator) -> tuple[tuple, tuple, tuple]:
-    """A random window of whole cells, as three indices: of images, maps, and decoded cells.
+    """A random window of whole cells, as indices of images (.., H, W), maps, decoded cells.
 
     The cells are those of the window and `margin` more on each side, as far as there are any:
     at a map's edge the decoder pads, as it does for whole maps.
