@@ -251,7 +251,7 @@ PRESETS = {
     },
     "long": {
         "widths": (16, 8, 32, 16), "residual_blocks": 2, "lr": 2e-3, "vqvae_kimg": 30.0,
-        "decoder_kimg": 10.0, "gan_kimg": 120.0, "denoiser_kimg": 220.0,
+        "decoder_kimg": 10.0, "gan_kimg": 120.0, "denoiser_kimg": 130.0,
     },
     "full": {
         "widths": (16, 8, 64, 32), "residual_blocks": 4, "lr": 1e-3, "vqvae_kimg": 400.0,

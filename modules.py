@@ -285,7 +285,7 @@ class VQVAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) -> index maps (B, h, w) int64."""
         a = self.encoder(x.contiguous(memory_format=torch.channels_last)) # (B, A, h, w)
-        flat = a.float().permute(0, 2, 3, 1).flatten(0, 2)                # (N, A)
+        flat = cells(a.float())                                           # (N, A)
         if not torch.isfinite(flat).all():  # the argmin of NaN would be code 0, a fine picture
             raise FloatingPointError("the encoder's output is not finite")
         weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
@@ -441,12 +441,16 @@ class CodeMap(nn.Module):
             raise FloatingPointError("the generator's output is not finite")
         u = u.float()
         if not self.even:
-            cells = u.permute(0, 2, 3, 1).flatten(0, 2)                   # (N, C)
-            ranks = nearest_row(cells, self.points).view(len(u), *u.shape[2:])
+            ranks = nearest_row(cells(u), self.points).view(len(u), *u.shape[2:])
             return self.used[ranks]                                       # (B, h, w)
         u, U = u.mean(1), len(self.used)                                  # (B, h, w)
         ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)        # +1: the last bin
         return self.used[ranks]                                           # (B, h, w)
+
+
+def cells(x: Tensor) -> Tensor:
+    """The cells of maps in rows: (B, C, h, w) -> (B*h*w, C)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def even_middles(bins: int) -> Tensor:
@@ -622,9 +626,14 @@ def gradient_penalty(discriminator: nn.Module, u: Tensor, *given: Tensor) -> Ten
 
 
 class Denoiser(nn.Module):
-    """What a map was before noise was added: D(x; sigma) of Karras et al. 2022.
+    """Which codes a map held before noise was added, and their mean: D(x; sigma).
 
-    (arXiv:2206.00364, eq. 7, with the preconditioning of table 1, column "ours", sigma_data 1.)
+    The posterior of a cell's code is learned, not just its mean (as in Dieleman et al. 2022,
+    arXiv:2211.15089, section 3): p(k | x) ~ exp(-|x - e_k|^2 / (2 sigma^2)) * exp(c_k). The
+    first factor, what the noise lets a cell say of itself, is known; the network learns the
+    second, what its neighbourhood says. So between codes it decides, where a network that
+    learns the mean by its squared error hesitates, and blurs. Of Karras et al. 2022
+    (arXiv:2206.00364): the noise, and the scale of the network's input (table 1, sigma_data 1).
     It judges cells by their neighbours, which a discriminator of whole maps hardly does. It is
     told neither slice level nor place: where things lie is the generator's business.
 
@@ -633,11 +642,13 @@ class Denoiser(nn.Module):
 
     LEAST, MOST = 0.1, 4.0  # sigma: known noise, trained and restored from
     STEPS = 5  # passes that restore a map
+    FAR = 1e3  # where codes lie that training never used: out of reach
 
-    def __init__(self, channels: int):
+    def __init__(self, codes: int, channels: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("sd", torch.ones(()))
+        self.register_buffer("points", torch.zeros(codes, channels))      # e, in units of sd
         w, E = 32, 32
         self.register_buffer("octaves", 2.0 ** torch.linspace(-1, 3, 8), persistent=False)
         self.embed = nn.Sequential(nn.Linear(16, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -647,29 +658,54 @@ class Denoiser(nn.Module):
         self.up = nn.ModuleList([up(2 * w, 2 * w, 4, 2, 1), up(2 * w, w, 4, 2, 1)])
         widths = (w, 2 * w, 2 * w, 2 * w, 2 * w, w)
         self.blocks = nn.ModuleList([NoisyBlock(width, E) for width in widths])
-        self.last = nn.Conv2d(w, channels, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.head = nn.Linear(w, codes)
+        nn.init.zeros_(self.head.weight)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def fit(self, u: Tensor):
-        """Take mean and standard deviation from real maps (B, C, h, w)."""
-        self.mean.copy_(u.mean((0, 2, 3))[:, None, None])
-        self.sd.copy_((u - self.mean).square().mean().sqrt().clamp_min(1e-6))
+    def fit(self, code_map: CodeMap, counts: Tensor):
+        """Take places and shares of codes from a code map and a histogram (K,) of real maps."""
+        used, points = code_map.used, code_map.points                     # (U,), (U, C)
+        share = (counts[used] / counts.sum()).to(points)                  # (U,)
+        mean = share @ points                                             # (C,)
+        variance = share @ (points - mean).square()                       # (C,)
+        self.mean.copy_(mean[:, None, None])
+        self.sd.copy_(variance.mean().sqrt().clamp_min(1e-6))
+        self.points.fill_(self.FAR)
+        self.points[used] = (points - mean) / self.sd
+        self.head.bias[used] = share.log()  # as if a cell had no neighbours
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
+    def features(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """What is about each cell of x (B, C, h, w), with noise of sigma (B,): (B, w, h, w)."""
         angles = sigma.log()[:, None] * self.octaves * (math.pi / 4)      # (B, 8)
         e = self.embed(torch.cat([angles.sin(), angles.cos()], 1))        # (B, E)
-        sigma = sigma[:, None, None, None]
-        size = (1 + sigma.square()).sqrt()                                # of x
+        size = (1 + sigma.square()).sqrt()[:, None, None, None]           # of x
         full = self.blocks[0](self.first(x / size), e)                    # (B, w, h, w)
         half = self.blocks[1](self.down[0](full), e)                      # (B, 2w, h/2, w/2)
         y = self.blocks[3](self.blocks[2](self.down[1](half), e), e)      # (B, 2w, h/4, w/4)
         y = self.blocks[4](self.up[0](y) + half, e)
-        y = self.blocks[5](self.up[1](y) + full, e)
-        return x / size.square() + self.last(F.silu(y)).float() * sigma / size
+        return F.silu(self.blocks[5](self.up[1](y) + full, e))
+
+    def logits(self, features: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        """log p(code | x) but for a constant, (N, K) float32.
+
+        Of cells that lie in the rows of features (N, w), x (N, C) and sigma (N, 1).
+        """
+        precision = 1 / sigma.square()
+        seen = torch.cat([features.float(), x * precision, precision], 1) # (N, w + C + 1)
+        squares = self.points.square().sum(1, keepdim=True)               # (K, 1)
+        keys = torch.cat([self.head.weight, self.points, squares / -2], 1)
+        return F.linear(seen, keys, self.head.bias)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
+        B, C, h, w = x.shape
+        each = sigma.repeat_interleave(h * w)[:, None]                    # (N, 1)
+        rows = cells(self.features(x, sigma)), cells(x), each
+        with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
+            parts = zip(*(part.split(4096) for part in rows), strict=True)
+            means = [self.logits(*part).softmax(1) @ self.points for part in parts]
+        return torch.cat(means).view(B, h, w, C).permute(0, 3, 1, 2)
 
     def restore(self, u: Tensor, noise: Tensor) -> Tensor:
         """Generated maps u (n, C, h, w), their cells made to fit together by way of `noise`.
@@ -731,19 +767,29 @@ class NoisyBlock(nn.Module):
         return x + self.last(F.silu(y))
 
 
-def denoising_loss(denoiser: Denoiser, u: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """Squared error (B,) of real maps u (B, C, h, w) found again under sigma (B,) * noise.
+def denoising_loss(
+    denoiser: Denoiser, maps: Tensor, noise: Tensor, sigma: Tensor, start=(0, 0)
+) -> Tensor:
+    """Nats (B,) a cell by which the codes of real maps (B, h, w) surprise, seen through noise.
 
-    Karras et al. 2022, eq. 8, its weight making each sigma count alike.
+    The cross-entropy of Dieleman et al. 2022, section 3. noise (B, C, h, w), white; sigma (B,).
+    Every second cell each way counts, from `start` on: neighbours teach nearly the same, and
+    512 codes for every cell would cost as much as the network.
     """
-    x, s = (u - denoiser.mean) / denoiser.sd, sigma[:, None, None, None]
-    error = (denoiser(x + s * noise, sigma) - x).square().mean((1, 2, 3))
-    return error * (1 + sigma.square()) / sigma.square()
+    x = F.embedding(maps, denoiser.points).permute(0, 3, 1, 2)            # (B, C, h, w)
+    x = x + sigma[:, None, None, None] * noise
+    some = (..., slice(start[0], None, 2), slice(start[1], None, 2))
+    features, codes = denoiser.features(x, sigma)[some], maps[some].flatten(1)
+    with torch.autocast(x.device.type, enabled=False):
+        each = sigma.repeat_interleave(codes.shape[1])[:, None]           # (N, 1)
+        logits = denoiser.logits(cells(features), cells(x[some]), each)   # (N, K)
+        surprise = F.cross_entropy(logits, codes.flatten(), reduction="none")
+    return surprise.view_as(codes).mean(1)
 
 
 def make_denoiser(config: Config) -> Denoiser:
     channels = config.map_channels if config.order == "coordinates" else 1
-    return Denoiser(channels)
+    return Denoiser(config.codes, channels)
 
 
 # --- generation ---------------------------------------------------------------------------

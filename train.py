@@ -612,6 +612,7 @@ class RealMaps:
         self.maps = Feed(maps, run.device)
         self.levels = torch.from_numpy(run.data.train.levels)
         self.level_table = values["levels"]
+        self.counts = dict(values["counts"])["train"].to(run.device)  # (K,), of each code
         self.link = {"codes": runtime.checksum(run.path("codes.pt"))}  # for checkpoints
 
     def real_maps(self, rows: np.ndarray) -> Tensor:
@@ -1016,8 +1017,7 @@ def train_denoiser(run: Run):
         return
     real = RealMaps(run)
     denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config)).to(run.device)
-    some = run.data.train.rows[evenly(len(run.data.train), 128)]
-    denoiser.fit(real.code_map.places(real.real_maps(some)))
+    denoiser.fit(real.code_map, real.counts)
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
     adam = torch.optim.Adam(
         denoiser.parameters(), lr=DENOISER_LR, betas=(0.9, 0.99), fused=True
@@ -1045,12 +1045,13 @@ def denoiser_step(denoiser: Denoiser, adam, real: RealMaps, stage: Stage) -> Ten
     corners = torch.randint(maps.shape[-1] - CROP_CELLS + 1, (n, 2, 1), generator=draw)
     cells = sent(corners[mine] + torch.arange(CROP_CELLS), run.device)  # (B, 2, 32)
     each = torch.arange(len(maps), device=run.device)[:, None, None]
-    u = real.code_map.places(maps[each, cells[:, 0, :, None], cells[:, 1, None, :]])
-    noise = torch.randn((n, *u.shape[1:]), generator=draw)[mine]
+    maps = maps[each, cells[:, 0, :, None], cells[:, 1, None, :]]  # (B, 32, 32)
+    noise = torch.randn((n, len(denoiser.mean), *maps.shape[1:]), generator=draw)[mine]
     sigma = sigmas(torch.rand(n, generator=draw)[mine])
+    start = torch.randint(2, (2,), generator=draw).tolist()
     noise, sigma = sent(noise, run.device), sent(sigma, run.device)
     with runtime.autocast(run.device, config.precision):
-        loss = modules.denoising_loss(denoiser, u, noise, sigma).mean()
+        loss = modules.denoising_loss(denoiser, maps, noise, sigma, start).mean()
     adam.zero_grad(set_to_none=True)
     loss.backward()
     processes.average_gradients(denoiser, loss)
@@ -1073,11 +1074,11 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     mine, losses = processes.share(len(rows)), []
     maps, code_map = real.real_maps(validation.rows[rows[mine]]), real.code_map
     # A code that training never used has no place: it gets a wrong one, the same in each look.
-    u = code_map.places(torch.where(code_map.rank[maps] < 0, code_map.used[0], maps))
+    maps = torch.where(code_map.rank[maps] < 0, code_map.used[0], maps)
     draw = generator_of(stage.run.seed, DENOISE)
-    noise = torch.randn((len(rows), *u.shape[1:]), generator=draw)[mine]
+    noise = torch.randn((len(rows), len(average.mean), *maps.shape[1:]), generator=draw)[mine]
     sigma = sigmas(torch.linspace(0, 1, len(rows)))[mine]
-    parts = (part.split(32) for part in (u, noise.to(u.device), sigma.to(u.device)))
+    parts = (part.split(32) for part in (maps, noise.to(maps.device), sigma.to(maps.device)))
     for part in zip(*parts, strict=True):
         losses.append(modules.denoising_loss(average, *part))
     loss = processes.gathered(torch.cat(losses)).mean().item()

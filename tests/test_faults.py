@@ -624,7 +624,7 @@ def test_a_nan_in_memory_makes_no_picture(where, seed, slices, tmp_path, monkeyp
             "encoder": run.vqvae.encoder[0].weight,
             "codebook": run.vqvae.quantizer.codebook,
             "generator": next(run.generator.parameters()),
-            "denoiser": run.denoiser.last.weight,
+            "denoiser": run.denoiser.head.weight,
         }[where]
         weights[:] = torch.nan
         return run

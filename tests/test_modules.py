@@ -428,43 +428,60 @@ def test_samples_are_drawn_with_the_generators_contrast():
     assert torch.equal(maps, code_map.decode(u))
 
 
-# An untrained denoiser is the best one for normal numbers: x / (1 + sigma^2).
+def fitted(points, shares) -> Denoiser:
+    """Of codes 1, 3, 5 ... of as many places; the even ones were never used."""
+    points, K = torch.as_tensor(points), 2 * len(points)
+    used, counts = torch.arange(1, K, 2), torch.zeros(K).long()
+    counts[used] = torch.tensor(shares)
+    denoiser = Denoiser(K, points.shape[1])
+    denoiser.fit(CodeMap(used, points, K), counts)
+    return denoiser
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_an_untrained_denoiser_knows_normal_numbers(sigma):
-    u, noise, sigma = (
-        torch.randn(8, 4, 32, 32),
-        torch.randn(8, 4, 32, 32),
-        torch.full((8,), sigma),
-    )
+PLACES, SHARES = [[0.0, 1.0], [1.0, 0.0], [-2.0, 5.0], [0.1, 1.0]], [60, 25, 10, 5]
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 4.0])
+def test_an_untrained_denoiser_knows_codes_without_neighbours(sigma):
+    """Bayes: a cell's code by the codes' shares and by what the noise lets the cell say."""
+    denoiser, share = fitted(PLACES, SHARES), torch.tensor(SHARES).double() / 100
+    points = torch.tensor(PLACES).double()
+    mean = share @ points
+    sd = (share @ (points - mean).square()).mean().sqrt()
+    assert (denoiser.mean.flatten() - mean).abs().max() < 1e-5
+    assert denoiser.sd.item() == pytest.approx(sd.item(), rel=1e-5)
+    places = (points - mean) / sd
+    ranks = torch.multinomial(share.float(), 3 * 8 * 12, replacement=True).view(3, 8, 12)
+    noise, sigma = torch.randn(3, 2, 8, 12), torch.full((3,), sigma)
+    x = places[ranks].permute(0, 3, 1, 2) + sigma[0] * noise
+    near = (x.permute(0, 2, 3, 1)[..., None, :] - places).square().sum(-1)  # (3, 8, 12, 4)
+    posterior = (share.log() - near / (2 * sigma[0] ** 2)).softmax(-1)
     with torch.no_grad():
-        loss = denoising_loss(Denoiser(4), u, noise, sigma)
-    assert loss.shape == (8,) and loss.mean().item() == pytest.approx(1, abs=0.03)
-
-
-def test_loss_is_zero_for_a_network_that_finds_the_map():
-    denoiser, u, noise = Denoiser(4), torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    denoiser.fit(3 * torch.randn(4, 4, 8, 8) + 1)
-    denoiser.forward = lambda x, sigma: (u - denoiser.mean) / denoiser.sd
-    assert denoising_loss(denoiser, u, noise, torch.rand(3) + 0.1).max() < 1e-9
+        found = denoiser(x.float(), sigma)
+        loss = denoising_loss(denoiser, 2 * ranks + 1, noise, sigma, (1, 0))
+    assert (found - (posterior @ places).permute(0, 3, 1, 2)).abs().max() < 1e-4
+    surprise = -posterior.gather(-1, ranks[..., None])[..., 0].log()
+    assert (loss - surprise[:, 1::2, ::2].mean((1, 2))).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize(
-    ("most", "steps", "error"),
-    [(2.0, 4, 0.1), (2.0, 8, 0.03), (2.0, 48, 0.006), (Denoiser.MOST, Denoiser.STEPS, 0.14)],
+    ("most", "steps", "wrong"),
+    [(2.0, 4, 0.05), (2.0, 48, 0.005), (Denoiser.MOST, Denoiser.STEPS, 0.05)],
 )
-def test_restoring_follows_the_equation_of_normal_numbers(most, steps, error):
-    # dx/dsigma = sigma x / (1 + sigma^2), so that x shrinks by sqrt(1 + sigma^2).
-    denoiser, noise = Denoiser(4), torch.randn(6, 4, 64, 64)
+def test_restoring_follows_the_equation_of_codes_without_neighbours(most, steps, wrong):
+    # On a line no cell overtakes another: each ends at the code of its own quantile.
+    denoiser = fitted([[-1.0], [0.5], [2.0]], [50, 30, 20])
     denoiser.MOST, denoiser.STEPS = most, steps
-    denoiser.fit(5 + 2 * torch.randn(8, 4, 64, 64))
-    u = 5 + 2 * torch.randn(6, 4, 64, 64)
+    places, shares = denoiser.points[1::2, 0], torch.tensor([0.5, 0.3, 0.2])
+    ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 1, 64, 64)
+    noise = torch.randn(2, 1, 64, 64)
     with torch.no_grad():
-        found = (denoiser.restore(u, noise) - denoiser.mean) / denoiser.sd
-    x = (u - denoiser.mean) / denoiser.sd + denoiser.MOST * noise
-    wanted = x / math.sqrt(1 + denoiser.MOST**2)
-    assert (found - wanted).std() < error * wanted.std()
+        u = denoiser.restore(places[ranks] * denoiser.sd + denoiser.mean, noise)
+    found = ((u - denoiser.mean) / denoiser.sd - places[:, None, None]).abs().argmin(1)
+    x = places[ranks] + most * noise
+    quantile = (shares * torch.special.ndtr((x[..., None] - places) / most)).sum(-1)
+    wanted = torch.bucketize(quantile, shares.cumsum(0)[:2])[:, 0]
+    assert (found != wanted).float().mean() < wrong
 
 
 def test_the_noise_of_restoring_is_white_and_follows_z():
@@ -477,19 +494,21 @@ def test_the_noise_of_restoring_is_white_and_follows_z():
     assert (grain[0] - grain[2]).std() < 0.02 < 1 < (grain[0] - grain[1]).std()
 
 
-def some_denoiser(channels: int) -> Denoiser:
+def some_denoiser(order: str = "pc1") -> Denoiser:
     """As if trained: its network has a say."""
-    denoiser = Denoiser(channels).eval()
+    code_map, counts, _ = some_code_map(order)
+    denoiser = Denoiser(len(counts), code_map.points.shape[1]).eval()
+    denoiser.fit(code_map, counts)
     with torch.no_grad():
-        for layer in (denoiser.last, *(block.last for block in denoiser.blocks)):
+        for layer in (denoiser.head, *(block.last for block in denoiser.blocks)):
             torch.nn.init.normal_(layer.weight, std=0.05)
     return denoiser
 
 
 def test_a_denoised_cell_depends_on_its_neighbourhood_alone():
     # It learns from crops, so that what lies farther away on a whole map must not matter.
-    denoiser, sigma = some_denoiser(4), torch.tensor([0.5])
-    x = torch.randn(1, 4, 96, 16)
+    denoiser, sigma = some_denoiser("coordinates"), torch.tensor([0.5])
+    x = torch.randn(1, 3, 96, 16)
     other = x.clone()
     other[:, :, 64:] = 5.0
     with torch.no_grad():
@@ -499,7 +518,7 @@ def test_a_denoised_cell_depends_on_its_neighbourhood_alone():
 
 def test_samples_go_through_the_denoiser():
     code_map, _, _ = some_code_map()
-    model, denoiser = VQVAE(codes=40).eval(), some_denoiser(1)
+    model, denoiser = VQVAE(codes=40).eval(), some_denoiser()
     G = Generator(100, 8, 3, classic=False, bounded=True).eval()  # its copies are averaged
     noise, level = noise_of(range(DRAW_BATCH), 100, 3, torch.linspace(0, 1, 32))
     maps, _ = draw(G, code_map, model, noise, level, denoiser=denoiser)
@@ -511,7 +530,7 @@ def test_samples_go_through_the_denoiser():
 
 def test_what_a_sample_of_bins_is_spread_over_comes_before_the_denoiser():
     code_map, _, _ = some_code_map()
-    model, denoiser = VQVAE(codes=40).eval(), some_denoiser(1)
+    model, denoiser = VQVAE(codes=40).eval(), some_denoiser()
     G = Generator(100, 8, 1, classic=True, bounded=True).eval()
     noise, level = noise_of(range(DRAW_BATCH), 100, 3, torch.linspace(0, 1, 32))
     maps, _ = draw(G, code_map, model, noise, level, stretch=True, denoiser=denoiser)
@@ -527,7 +546,7 @@ def test_no_sample_depends_on_the_batch_it_was_drawn_in(denoised):
         VQVAE(codes=40).eval(),
         Generator(100, 8, 1, classic=False, bounded=True).eval(),
     )
-    denoiser = some_denoiser(1) if denoised else None
+    denoiser = some_denoiser() if denoised else None
     noise, level = noise_of(range(40), 100, 3, torch.linspace(0, 1, 32))
     maps, images = draw(G, code_map, model, noise, level, denoiser=denoiser)
     for start, stop in ((0, 1), (5, 12), (31, 40)):
