@@ -640,8 +640,8 @@ class Denoiser(nn.Module):
     x is in units of `sd`, the standard deviation of real maps about `mean`.
     """
 
-    LEAST, MOST = 0.1, 4.0  # sigma: known noise, trained and restored from
-    STEPS = 5  # passes that restore a map
+    LEAST, MOST = 0.1, 4.0  # sigma: known noise that it learns from
+    FROM, STEPS = 3.0, 5  # noise that a map is given, and passes that take it away
     FAR = 1e3  # where codes lie that training never used: out of reach
 
     def __init__(self, codes: int, channels: int):
@@ -716,9 +716,9 @@ class Denoiser(nn.Module):
         before, linearly in log sigma, and the equation of that D is solved exactly.
         noise: (n, C, h, w), white, of unit variance.
         """
-        x = (u - self.mean) / self.sd + self.MOST * noise
+        x = (u - self.mean) / self.sd + self.FROM * noise
         rho = 3  # eq. 5 of Karras et al.
-        ends = self.MOST ** (1 / rho), self.LEAST ** (1 / rho)
+        ends = self.FROM ** (1 / rho), self.LEAST ** (1 / rho)
         sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
         before, back = None, 0.0  # D in the step before, and that step's length in log sigma
         for now, then in pairwise(sigmas):

@@ -466,12 +466,12 @@ def test_an_untrained_denoiser_knows_codes_without_neighbours(sigma):
 
 @pytest.mark.parametrize(
     ("most", "steps", "wrong"),
-    [(2.0, 4, 0.05), (2.0, 48, 0.005), (Denoiser.MOST, Denoiser.STEPS, 0.05)],
+    [(2.0, 4, 0.05), (2.0, 48, 0.005), (Denoiser.FROM, Denoiser.STEPS, 0.05)],
 )
 def test_restoring_follows_the_equation_of_codes_without_neighbours(most, steps, wrong):
     # On a line no cell overtakes another: each ends at the code of its own quantile.
     denoiser = fitted([[-1.0], [0.5], [2.0]], [50, 30, 20])
-    denoiser.MOST, denoiser.STEPS = most, steps
+    denoiser.FROM, denoiser.STEPS = most, steps
     places, shares = denoiser.points[1::2, 0], torch.tensor([0.5, 0.3, 0.2])
     ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 1, 64, 64)
     noise = torch.randn(2, 1, 64, 64)
