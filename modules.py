@@ -697,14 +697,19 @@ class Denoiser(nn.Module):
         keys = torch.cat([self.head.weight, self.points, squares / -2], 1)
         return F.linear(seen, keys, self.head.bias)
 
+    def posterior(self, *cells: Tensor) -> Tensor:
+        """p(code | x) (N, K), what is nearly impossible at e^-80: a processor is slow below."""
+        logits = self.logits(*cells)
+        return logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80).softmax(1)
+
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
         B, C, h, w = x.shape
         each = sigma.repeat_interleave(h * w)[:, None]                    # (N, 1)
         rows = cells(self.features(x, sigma)), cells(x), each
         with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
-            parts = zip(*(part.split(4096) for part in rows), strict=True)
-            means = [self.logits(*part).softmax(1) @ self.points for part in parts]
+            parts = zip(*(part.split(1024) for part in rows), strict=True)
+            means = [self.posterior(*part) @ self.points for part in parts]
         return torch.cat(means).view(B, h, w, C).permute(0, 3, 1, 2)
 
     def restore(self, u: Tensor, noise: Tensor) -> Tensor:
