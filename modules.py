@@ -697,9 +697,9 @@ class Denoiser(nn.Module):
         keys = torch.cat([self.head.weight, self.points, squares / -2], 1)
         return F.linear(seen, keys, self.head.bias)
 
-    def posterior(self, *cells: Tensor) -> Tensor:
+    def posterior(self, *rows: Tensor) -> Tensor:
         """p(code | x) (N, K), what is nearly impossible at e^-80: a processor is slow below."""
-        logits = self.logits(*cells)
+        logits = self.logits(*rows)
         return logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80).softmax(1)
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
