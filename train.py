@@ -60,7 +60,9 @@ SSIM_ALIKE = 1.25  # a sharper decoder may have so much more of 1 - SSIM than st
 REVIVE_EVERY = 25  # steps between two looks for unused codes, in the first 70 % of training
 FD_ALIKE = 1.2  # fd_validation wavers by so much near its floor, while layout is still learnt
 COLLAPSED = 0.1  # diversity under which samples are nearly alike, after a quarter of the steps
-CROP_CELLS, DENOISER_LR, DENOISER_HALF_LIFE = 32, 2e-3, 2000  # the last in crops seen
+CROP_CELLS, DENOISER_LR, DENOISER_HALF_LIFE = 32, 3e-3, 2000  # the last in crops seen
+GAN_MOMENTUM = 0.5  # of the DCGAN's kernels: its aim moves
+TO_MOST = 0.7  # below 1, more of a denoiser's crops have much noise, which is learned last
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
 LOWER = {"vqvae": "a lower --lr, or ", "dcgan": "a lower --gan-lr, or "}  # if it diverges
@@ -214,6 +216,60 @@ class Stage:
             )  # fmt: skip
 
 
+class Muon(torch.optim.Adam):
+    """Adam; but a step of a convolution's kernel is its momentum, made orthogonal.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon), whose Newton-Schulz iteration brings
+    the singular values of a matrix (the kernel's first axis by the rest) near to 1: directions
+    that gradients seldom take move as far as the frequent ones. torch.optim.Muon takes
+    matrices alone, and multiplies them in bfloat16, which is four times as slow on a processor.
+    A kernel of one row has one direction: Adam's, like biases and gains.
+    """
+
+    RATIO = 6.0  # a kernel's step in units of lr, by its largest singular value
+    QUINTIC = 3.4445, -4.7750, 2.0315  # coefficients of x, x^3, x^5
+
+    def __init__(self, network: torch.nn.Module, lr: float, betas, momentum: float = 0.95):
+        self.momentum = momentum
+        kernels, others = [], []
+        for weight in network.parameters():
+            (kernels if weight.ndim == 4 and len(weight) > 1 else others).append(weight)
+        super().__init__([{"params": kernels}, {"params": others}], lr, betas, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        kernels = self.param_groups[0]
+        for kernel in kernels["params"]:
+            state, grad = self.state[kernel], kernel.grad
+            if not state:  # under the names that Adam looks for
+                state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(grad)}
+            momentum = state["exp_avg"].lerp_(grad, 1 - self.momentum)
+            step = self.orthogonal(grad.lerp(momentum, self.momentum).flatten(1))
+            kernel.sub_(step.view(grad.shape), alpha=self.RATIO * kernels["lr"])
+            kernel.grad = None  # so that Adam leaves it alone
+        super().step()
+
+    @classmethod
+    def orthogonal(cls, matrix: Tensor) -> Tensor:
+        """(m, n) = U S V^T -> nearly U V^T, times sqrt(m / n) where m > n."""
+        if len(matrix) > matrix.shape[1]:
+            return cls.orthogonal(matrix.T).T * (len(matrix) / matrix.shape[1]) ** 0.5
+        x, (a, b, c) = matrix / (matrix.norm() + 1e-7), cls.QUINTIC
+        gram = x @ x.T  # of x as it becomes; the products of (m, m) are the cheap ones
+        one = whole = torch.eye(len(x), device=x.device)
+        for _ in range(5):
+            factor = a * one + b * gram + c * gram @ gram  # x would become factor @ x
+            whole, gram = factor @ whole, factor @ gram @ factor
+        return whole @ x
+
+
+def make_optimizer(network, name: str, lr: float, betas, momentum: float = 0.95):
+    """The optimiser that `Config.optimizer` names. momentum: Muon's, of kernels."""
+    if name == "muon":
+        return Muon(network, lr, betas, momentum)
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
+
+
 def set_lr(lr: float, *optimizers: torch.optim.Optimizer):
     for group in (group for each in optimizers for group in each.param_groups):
         group["lr"] = lr
@@ -299,7 +355,7 @@ def train_vqvae(run: Run):
     """Train until `vqvae_kimg`; `vqvae_best.pt` holds the weights of best validation SSIM."""
     config, train = run.config, run.data.train
     model = seeded(run.seed, 0, lambda: modules.make_vqvae(config)).to(run.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    optimizer = make_optimizer(model, config.optimizer, config.lr, (0.9, 0.999))
     parts = {"model": model, "optimizer": optimizer}
     stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
     plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
@@ -787,14 +843,14 @@ class Gan(RealMaps):
         processes.share_batch_norm(self.D)
         self.average = copy.deepcopy(self.G).eval().requires_grad_(False)
         betas = (config.gan_beta1, 0.999 if config.gan_loss == "bce" else 0.99)
-        adam = {"lr": config.gan_lr, "betas": betas, "fused": True}
-        self.G_adam = torch.optim.Adam(self.G.parameters(), **adam)
-        self.D_adam = torch.optim.Adam(self.D.parameters(), **adam)
+        chosen = config.optimizer, config.gan_lr, betas, GAN_MOMENTUM
+        self.G_optimizer = make_optimizer(self.G, *chosen)
+        self.D_optimizer = make_optimizer(self.D, *chosen)
 
     def parts(self) -> dict:
         return {
             "G": self.G, "D": self.D, "average": self.average,
-            "G_adam": self.G_adam, "D_adam": self.D_adam,
+            "G_optimizer": self.G_optimizer, "D_optimizer": self.D_optimizer,
         }  # fmt: skip
 
     # Of each batch, what is made below is this process's share.
@@ -830,7 +886,7 @@ def train_dcgan(run: Run):
     monitor = None if stage.done else Monitor(gan)
     while not stage.done:
         lr = stage.lr(config.gan_lr)
-        set_lr(lr, gan.G_adam, gan.D_adam)
+        set_lr(lr, gan.G_optimizer, gan.D_optimizer)
         values = dcgan_step(gan, stage.nimg, stage.step)
         half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
         update_average(gan.average, gan.G, half_life, config.gan_batch_size)
@@ -849,10 +905,10 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
     d_loss, real_score, penalties = discriminator_loss(
         gan, real, fake.detach().float(), level, step
     )
-    gan.D_adam.zero_grad(set_to_none=True)
+    gan.D_optimizer.zero_grad(set_to_none=True)
     d_loss.backward()
     processes.average_gradients(gan.D, d_loss, *penalties.values())
-    gan.D_adam.step()
+    gan.D_optimizer.step()
 
     gan.D.requires_grad_(False)
     with runtime.autocast(device, config.precision):
@@ -862,10 +918,10 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
         else:
             # Real maps were judged a moment ago, one step of D before: as good, and for free.
             g_loss = modules.relativistic_loss(fake_score, real_score.detach())
-    gan.G_adam.zero_grad(set_to_none=True)
+    gan.G_optimizer.zero_grad(set_to_none=True)
     g_loss.backward()
     processes.average_gradients(gan.G, g_loss)
-    gan.G_adam.step()
+    gan.G_optimizer.step()
     gan.D.requires_grad_(True)
     return {"g_loss": g_loss, "d_loss": d_loss, **penalties}
 
@@ -1019,24 +1075,22 @@ def train_denoiser(run: Run):
     denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config)).to(run.device)
     denoiser.fit(real.code_map, real.counts)
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    adam = torch.optim.Adam(
-        denoiser.parameters(), lr=DENOISER_LR, betas=(0.9, 0.99), fused=True
-    )
-    parts = {"denoiser": denoiser, "average": average, "adam": adam}
+    muon = Muon(denoiser, DENOISER_LR, betas=(0.9, 0.99))
+    parts = {"denoiser": denoiser, "average": average, "muon": muon}
     stage = Stage(
         run, "denoiser", config.denoiser_kimg, config.gan_batch_size, parts, **real.link
     )
     while not stage.done:
         lr = stage.lr(DENOISER_LR)
-        set_lr(lr, adam)
-        loss = denoiser_step(denoiser, adam, real, stage)
+        set_lr(lr, muon)
+        loss = denoiser_step(denoiser, muon, real, stage)
         half_life = min(DENOISER_HALF_LIFE, 0.1 * stage.nimg)
         update_average(average, denoiser, half_life, config.gan_batch_size)
         stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
     stage.shown.close()
 
 
-def denoiser_step(denoiser: Denoiser, adam, real: RealMaps, stage: Stage) -> Tensor:
+def denoiser_step(denoiser: Denoiser, optimizer, real: RealMaps, stage: Stage) -> Tensor:
     """One step on crops of real maps -> the loss, ()."""
     run, config, n = stage.run, stage.run.config, stage.batch_size
     mine, draw = processes.share(n), generator_of(stage.run.seed, DENOISE, stage.step)
@@ -1047,15 +1101,15 @@ def denoiser_step(denoiser: Denoiser, adam, real: RealMaps, stage: Stage) -> Ten
     each = torch.arange(len(maps), device=run.device)[:, None, None]
     maps = maps[each, cells[:, 0, :, None], cells[:, 1, None, :]]  # (B, 32, 32)
     noise = torch.randn((n, len(denoiser.mean), *maps.shape[1:]), generator=draw)[mine]
-    sigma = sigmas(torch.rand(n, generator=draw)[mine])
+    sigma = sigmas(torch.rand(n, generator=draw)[mine] ** TO_MOST)
     start = torch.randint(2, (2,), generator=draw).tolist()
     noise, sigma = sent(noise, run.device), sent(sigma, run.device)
     with runtime.autocast(run.device, config.precision):
         loss = modules.denoising_loss(denoiser, maps, noise, sigma, start).mean()
-    adam.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     processes.average_gradients(denoiser, loss)
-    adam.step()
+    optimizer.step()
     return loss
 
 

@@ -141,11 +141,11 @@ def dcgan_step(gan, nimg: int, step: int) -> tuple[Tensor, Tensor]:
             (gradient,) = torch.autograd.grad(judge(D, u, level).sum(), u, create_graph=True)
             penalty = gradient.square().sum((1, 2, 3)).mean()
             d_loss = d_loss + config.gamma / 2 * config.penalty_every * penalty
-    gan.D_adam.zero_grad()
+    gan.D_optimizer.zero_grad()
     d_loss.backward()
-    gan.D_adam.step()
+    gan.D_optimizer.step()
     g_loss = F.softplus(real_score.detach() - judge(D, fake, level)).mean()
-    gan.G_adam.zero_grad()
+    gan.G_optimizer.zero_grad()
     g_loss.backward()
-    gan.G_adam.step()
+    gan.G_optimizer.step()
     return g_loss, d_loss

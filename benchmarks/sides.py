@@ -208,8 +208,8 @@ def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
     adam = {"lr": config.gan_lr, "betas": (config.gan_beta1, 0.99), "fused": fused}
     return SimpleNamespace(
         run=a_run(config).run, vqvae=model, code_map=code_map, G=G, D=D, levels=levels,
-        G_adam=torch.optim.Adam(G.parameters(), **adam),
-        D_adam=torch.optim.Adam(D.parameters(), **adam),
+        G_optimizer=torch.optim.Adam(G.parameters(), **adam),
+        D_optimizer=torch.optim.Adam(D.parameters(), **adam),
         real=lambda nimg, step: (code_map.encode(maps), levels),
         noise=lambda step: noise,
     )  # fmt: skip

@@ -102,8 +102,8 @@ def decoder_steps() -> dict:
 def gan_steps() -> dict:
     gan = without_files()
     gan.networks()
-    gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=1e-2)
-    gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
+    gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=1e-2)
+    gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
     parts, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
     before = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
     for step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):

@@ -65,8 +65,8 @@ def test_the_plain_vqvae_step_has_the_projects_loss_gradients_and_codebook(here)
 def one_dcgan_step(here, function, step: int):
     """Losses of one step, and how far it moved every weight: by SGD, so as gradients say."""
     gan = sides.a_gan(here, CONFIG, fused=False)
-    gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=0.01)
-    gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=0.01)
+    gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=0.01)
+    gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=0.01)
     weights = [*gan.G.parameters(), *gan.D.parameters()]
     before = [w.detach().clone() for w in weights]
     losses = function(gan, 0, step)

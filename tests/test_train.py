@@ -189,7 +189,7 @@ def forget_optimizers(values):
     for name, part in values["parts"].items():
         if "state" in part and "param_groups" in part:
             part["state"] = {}
-            assert name in ("optimizer", "G_adam", "D_adam", "adam")
+            assert name in ("optimizer", "G_optimizer", "D_optimizer", "adam", "D_adam", "muon")
 
 
 def forget_position(values):
@@ -586,8 +586,8 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     for name in ("G", "D", "average", "code_map"):
         getattr(gan, name).to(meta)
     gan.maps = train.Feed(gan.maps.array, meta)
-    gan.G_adam = torch.optim.SGD(gan.G.parameters(), lr=0.1)
-    gan.D_adam = torch.optim.SGD(gan.D.parameters(), lr=0.1)
+    gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=0.1)
+    gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=0.1)
     for stage.nimg in (0, 4):  # with and without penalties
         values = train.decoder_step(decoding, gan, slices, 1.0, stage)
         assert values["g_loss"].device == meta
@@ -600,3 +600,40 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     assert train.denoiser_step(denoiser, adam, gan, stage).device == meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         values["g_loss"].item()  # the control
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (24, 5, 1, 1), (16, 4, 2, 2)])
+def test_kernels_move_as_by_torchs_muon_and_the_rest_as_by_adam(shape):
+    # torch's works in bfloat16: hence 5 % of the length of the way.
+    network = torch.nn.Sequential(torch.nn.Conv2d(shape[1], shape[0], shape[2:]))
+    network.append(torch.nn.Conv2d(shape[0], 1, 1)).to(memory_format=torch.channels_last)
+    start = {k: v.detach().clone() for k, v in network.named_parameters()}
+    matrix = torch.nn.Parameter(start["0.weight"].flatten(1).clone())
+    others = {k: torch.nn.Parameter(v) for k, v in start.items() if k != "0.weight"}
+    here = train.Muon(network, 0.01, betas=(0.8, 0.9))
+    muon = torch.optim.Muon([matrix], 0.01 * train.Muon.RATIO, weight_decay=0)
+    adam = torch.optim.Adam(others.values(), 0.01, (0.8, 0.9), fused=True)
+    for _ in range(4):
+        for name, weight in network.named_parameters():
+            weight.grad = torch.randn(weight.shape)
+            twin = matrix if name == "0.weight" else others[name]
+            twin.grad = weight.grad.clone().view(twin.shape)
+        for each in (here, muon, adam):
+            each.step()
+    moved, there = (
+        w.detach().flatten(1) - start["0.weight"].flatten(1)
+        for w in (network[0].weight, matrix)
+    )
+    assert (moved - there).norm() < 0.05 * there.norm()
+    for name, twin in others.items():
+        assert torch.equal(network.get_parameter(name), twin)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+def test_all_directions_of_a_step_are_of_nearly_one_length(shape):
+    matrix = torch.randn(shape) * torch.logspace(0, -2, shape[1])
+    found = torch.linalg.svdvals(train.Muon.orthogonal(matrix))
+    found /= max(1, shape[0] / shape[1]) ** 0.5
+    assert found.min() > 0.5
+    assert found.max() < 1.3
+    assert torch.linalg.svdvals(matrix / matrix.norm()).min() < 0.2  # the control
