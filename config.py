@@ -146,7 +146,7 @@ class Config:
     )
     batch_size: int = option(32, "slices per step", low=1, high=65536)
     vqvae_kimg: float = option(
-        17.0, "training length in thousands of slices seen", low=0.001, high=1e7
+        18.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
     # Decoder (Isola et al. 2017, arXiv:1611.07004)
@@ -175,9 +175,14 @@ class Config:
         4, "C, principal coordinates, or copies of the binned map", low=1, high=64
     )
     noise_dim: int = option(100, "Z, numbers of noise per sample", low=1, high=4096)
-    gamma: float = option(0.3, "weight of R1 and of R2", low=0, high=1e4)
+    gamma: float = option(2.0, "weight of R1 and of R2", low=0, high=1e4)
     penalty_every: int = option(8, "steps between R1 and R2 penalties", low=1, high=1024)
-    gan_lr: float = option(1.6e-3, "learning rate, DCGAN", low=1e-8, high=1)
+    gan_lr: tuple[float, float] = option(
+        (1.6e-3, 3.2e-3),
+        "learning rates: generator, discriminator (two as in arXiv:1706.08500)",
+        low=1e-8,
+        high=1,
+    )
     gan_beta1: float = option(0.0, "Adam's beta 1, DCGAN", low=0, high=0.9999)
     ema_kimg: float = option(
         5.0, "half-life of the generator's weight average, thousands of maps", low=0, high=1e5
@@ -186,7 +191,7 @@ class Config:
         32, "maps per step, and crops of the denoiser's", low=1, high=65536
     )
     gan_kimg: float = option(
-        52.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        75.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     stop_collapsed: bool = option(
@@ -197,7 +202,7 @@ class Config:
 
     # Denoiser (Karras et al. 2022, arXiv:2206.00364)
     denoiser_kimg: float = option(
-        30.0,
+        45.0,
         "training length in thousands of crops of 32x32 cells seen; 0: none",
         low=0,
         high=1e7,
@@ -255,8 +260,8 @@ PRESETS = {
         "denoiser_kimg": 1.0, "samples": 64,
     },
     "long": {
-        "widths": (16, 8, 32, 16), "residual_blocks": 2, "vqvae_kimg": 24.0,
-        "decoder_kimg": 10.0, "gan_kimg": 100.0, "denoiser_kimg": 90.0,
+        "widths": (16, 8, 32, 16), "residual_blocks": 2, "vqvae_kimg": 27.0,
+        "decoder_kimg": 10.0, "gan_kimg": 160.0, "denoiser_kimg": 130.0,
     },
     "full": {
         "widths": (16, 8, 64, 32), "residual_blocks": 4, "lr": 1e-3, "vqvae_kimg": 400.0,
@@ -268,7 +273,7 @@ PRESETS = {
         "optimizer": "adam", "lr": 1e-3, "schedule": "constant", "batch_size": 128,
         "vqvae_kimg": 192.0, "order": "raw",
         "gan_loss": "bce", "gan_widths": (128, 64), "map_channels": 3, "gan_beta1": 0.5,
-        "gan_lr": 2e-4, "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0.0,
+        "gan_lr": (2e-4, 2e-4), "gan_batch_size": 256, "gan_kimg": 483.2, "ema_kimg": 0.0,
         "denoiser_kimg": 0.0,
     },
 }  # fmt: skip

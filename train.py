@@ -270,8 +270,8 @@ def make_optimizer(network, name: str, lr: float, betas, momentum: float = 0.95)
     return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
 
 
-def set_lr(lr: float, *optimizers: torch.optim.Optimizer):
-    for group in (group for each in optimizers for group in each.param_groups):
+def set_lr(lr: float, optimizer: torch.optim.Optimizer):
+    for group in optimizer.param_groups:
         group["lr"] = lr
 
 
@@ -843,9 +843,10 @@ class Gan(RealMaps):
         processes.share_batch_norm(self.D)
         self.average = copy.deepcopy(self.G).eval().requires_grad_(False)
         betas = (config.gan_beta1, 0.999 if config.gan_loss == "bce" else 0.99)
-        chosen = config.optimizer, config.gan_lr, betas, GAN_MOMENTUM
-        self.G_optimizer = make_optimizer(self.G, *chosen)
-        self.D_optimizer = make_optimizer(self.D, *chosen)
+        self.G_optimizer, self.D_optimizer = (
+            make_optimizer(network, config.optimizer, lr, betas, GAN_MOMENTUM)
+            for network, lr in zip((self.G, self.D), config.gan_lr, strict=True)
+        )
 
     def parts(self) -> dict:
         return {
@@ -885,8 +886,9 @@ def train_dcgan(run: Run):
     stage = Stage(run, "dcgan", config.gan_kimg, config.gan_batch_size, gan.parts(), **gan.link)
     monitor = None if stage.done else Monitor(gan)
     while not stage.done:
-        lr = stage.lr(config.gan_lr)
-        set_lr(lr, gan.G_optimizer, gan.D_optimizer)
+        lr, d_lr = map(stage.lr, config.gan_lr)
+        set_lr(lr, gan.G_optimizer)
+        set_lr(d_lr, gan.D_optimizer)
         values = dcgan_step(gan, stage.nimg, stage.step)
         half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
         update_average(gan.average, gan.G, half_life, config.gan_batch_size)
@@ -1006,7 +1008,7 @@ class Monitor:
         gan, config = self.gan, self.gan.run.config
         full = stage.done or stage.step % (stage.every * max(1, ROWS // 8)) == 0
         n = self.n if full else 64
-        if full and config.gan_loss == "relativistic":
+        if full and config.gan_loss == "relativistic" and not config.denoiser_kimg:
             self.set_contrast()
         mine = processes.share(n)
         maps, images = modules.draw(
@@ -1036,7 +1038,7 @@ class Monitor:
     def set_contrast(self):
         """Give samples the strength of detail that reconstructions of the same levels have.
 
-        Before the denoiser, which cannot know what the generator has lost.
+        For samples that no denoiser restores.
         Snapping cells to codes flattens: a cell between two codes, or beyond all, goes inwards.
         Detail is nearly linear in the gain: two trials, and the line through them. What has
         too much detail has grain, which less contrast would smear and not mend: gain 0.

@@ -2,7 +2,7 @@
 
     python benchmarks/ablate.py RUN                  # every row that the CSV does not have
     python benchmarks/ablate.py RUN --rows pc1 raw   # these
-    python benchmarks/ablate.py --table              # the README's table, from the CSV
+    python benchmarks/ablate.py --table              # the table, from the CSV
 
 RUN is the folder of a finished seed of preset `quick`: its VQ-VAE and index maps are shared by
 all rows. A row is a whole training of about 3 minutes on two cores (40,000 maps of the DCGAN;
@@ -61,7 +61,8 @@ from dataset import Data, open_data
 
 KIMG = 40.0  # maps seen per row, thousands
 # By Adam, as the original's loss and networks were made for: one optimiser for all rows.
-ALONE = {"gan_kimg": KIMG, "denoiser_kimg": 0.0, "optimizer": "adam", "gan_lr": 8e-4}
+ALONE = {"gan_kimg": KIMG, "denoiser_kimg": 0.0, "optimizer": "adam"}
+ALONE |= {"gan_lr": (8e-4, 8e-4), "gamma": 0.3}
 SECONDS = 180  # of training for the row whose maps are not counted
 
 SCORES = {
@@ -371,7 +372,7 @@ class Row:
 ONE = {"map_channels": 1}
 PC1 = {"order": "pc1", **ONE}
 # BCE, BatchNorm in both networks, no slice level, no averaging, the original's learning rate
-BCE = {"gan_loss": "bce", "gan_beta1": 0.5, "gan_lr": 2e-4, "ema_kimg": 0.0}
+BCE = {"gan_loss": "bce", "gan_beta1": 0.5, "gan_lr": (2e-4, 2e-4), "ema_kimg": 0.0}
 
 DENOISED = {"denoiser_kimg": Config.denoiser_kimg}
 
@@ -473,7 +474,7 @@ def append(rows: list[dict]):
 
 
 def table() -> str:
-    """The README's table: mean (sd) over seeds; a row that was not measured says so."""
+    """The table of EXPERIMENTS.md: mean (sd) over seeds; a row that was not measured says so."""
     found, shown = read_rows(), SCORES | EFFORT
     lines = ["| what the GAN draws, and how it learns | " + " | ".join(shown.values()) + " |"]
     lines.append("| --- |" + " --- |" * len(shown))

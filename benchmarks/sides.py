@@ -205,11 +205,11 @@ def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
     G = train.seeded(0, 1, lambda: modules.make_generator(config))
     D = train.seeded(0, 2, lambda: modules.make_discriminator(config))
     noise = torch.randn(32, config.noise_dim, generator=modules.generator_of(0))
-    adam = {"lr": config.gan_lr, "betas": (config.gan_beta1, 0.99), "fused": fused}
+    adam = {"betas": (config.gan_beta1, 0.99), "fused": fused}
     return SimpleNamespace(
         run=a_run(config).run, vqvae=model, code_map=code_map, G=G, D=D, levels=levels,
-        G_optimizer=torch.optim.Adam(G.parameters(), **adam),
-        D_optimizer=torch.optim.Adam(D.parameters(), **adam),
+        G_optimizer=torch.optim.Adam(G.parameters(), config.gan_lr[0], **adam),
+        D_optimizer=torch.optim.Adam(D.parameters(), config.gan_lr[1], **adam),
         real=lambda nimg, step: (code_map.encode(maps), levels),
         noise=lambda step: noise,
     )  # fmt: skip

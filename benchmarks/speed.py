@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt       # the other libraries
     python benchmarks/speed.py                       # about 12 minutes; leave the machine alone
     python benchmarks/speed.py --groups search ssim  # these; the others stay as they were
-    python benchmarks/speed.py --table               # the README's tables, from the JSON
+    python benchmarks/speed.py --table               # the tables, from the JSON
 
 Each side of a comparison lives in a process of its own, since how malloc behaves is set for a
 whole process: this project's scripts set it (`runtime.tame_malloc`), other programs do not. The

@@ -13,7 +13,10 @@ from config import PRESETS, Config, fields
 from modules import architecture_table, make_vqvae
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
+    "README.md", "EXPERIMENTS.md", "benchmarks/README.md",
+)}  # fmt: skip
+README = PAGES["README.md"]
 SCRIPTS = sorted(ROOT.glob("*.py"))
 
 
@@ -29,10 +32,11 @@ FOREIGN = {
 }  # fmt: skip
 
 
-def test_every_flag_in_the_readme_exists():
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_on_a_page_exists(page):
     known = {"--" + f.name.replace("_", "-") for f in fields(Config)}
     known |= {"--n", "--stage", "--help", "--level", "--volume"} | FOREIGN
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page]))
     assert shown <= known, shown - known
 
 
@@ -41,9 +45,19 @@ def test_the_readme_names_every_file_preset_and_column():
         assert f"`{name}`" in README, name
 
 
-def test_local_links_and_pictures_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_local_links_and_pictures_exist(page):
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", PAGES[page]):
+        there = (ROOT / page).parent / target if target else ROOT / page
+        assert there.exists(), target
+        if heading:
+            lines = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
+            assert heading in map(anchor, lines), heading
+
+
+def anchor(heading: str) -> str:
+    """A heading's name in links, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def test_presets_are_valid_and_differ_from_the_default():

@@ -178,7 +178,7 @@ def test_a_library_that_is_absent_does_not_end_the_run(monkeypatch):
 
 
 def test_the_readme_has_a_place_for_the_tables_with_this_scripts_rows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     shown = readme.split("<!-- speed -->")[1].split("<!-- /speed -->")[0].strip()
     steps = {f"| {label}" for label in speed.COUNTED.values()}
     works = steps | {line.split(" | ")[0] for line in speed.table(measured()).splitlines()}

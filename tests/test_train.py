@@ -281,9 +281,25 @@ def test_samples_get_the_strength_of_detail_of_reconstructions(uninterrupted, mo
     assert torch.equal(asked[-1], monitor.levels)
 
 
-def test_contrast_is_part_of_what_is_kept(uninterrupted):
-    values = runtime.load_checkpoint(uninterrupted.path("dcgan_best.pt"))
-    assert values["generator"]["contrast"] > 0
+@pytest.mark.parametrize("denoised", [False, True])
+def test_contrast_is_kept_and_is_for_samples_that_no_denoiser_restores(
+    uninterrupted, monkeypatch, denoised
+):
+    gan = train.Gan(uninterrupted)
+    kimg = 0.052 if denoised else 0.0
+    config = replace(uninterrupted.config, denoiser_kimg=kimg)
+    monkeypatch.setattr(gan, "run", replace(uninterrupted, config=config))
+    monitor, kept = train.Monitor(gan), []
+    monitor.real_detail = 1.0  # more than any sample has
+
+    class Last:
+        done, step, every = True, 1, 1
+
+        def offer(score, alike, generator):
+            kept.append(generator.state_dict()["contrast"].item())
+
+    monitor.measure(Last)
+    assert kept == [0.0 if denoised else 0.5]
 
 
 def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
