@@ -261,7 +261,7 @@ PRESETS = {
     },
     "long": {
         "widths": (16, 8, 32, 16), "residual_blocks": 2, "vqvae_kimg": 27.0,
-        "decoder_kimg": 10.0, "gan_kimg": 160.0, "denoiser_kimg": 130.0,
+        "decoder_kimg": 10.0, "gan_kimg": 220.0, "denoiser_kimg": 180.0,
     },
     "full": {
         "widths": (16, 8, 64, 32), "residual_blocks": 4, "lr": 1e-3, "vqvae_kimg": 400.0,

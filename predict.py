@@ -230,11 +230,11 @@ class TrainedRun:
         return self.code_map.rank.cpu()[maps].clamp(min=0).numpy()
 
 
-# A checkpoint holds the checksum of the one that it was made with.
-LINKS = {
-    "codes": "vqvae_best", "decoder_best": "codes", "dcgan_best": "codes",
-    "denoiser_best": "codes",
-}  # fmt: skip
+# A checkpoint holds the checksum of those that it was made with.
+LINKS = (
+    ("codes", "vqvae_best"), ("decoder_best", "codes"), ("dcgan_best", "codes"),
+    ("denoiser_best", "codes"), ("denoiser_best", "dcgan_best"),
+)  # fmt: skip
 
 
 def best_of(config: Config) -> dict[str, str]:
@@ -291,18 +291,20 @@ def load_checkpoints(folder: Path, config: Config, mine: dict) -> dict[str, dict
         name: runtime.load_checkpoint(path, stage=name.removesuffix("_best"), **mine)
         for name, path in paths.items()
     }
-    for name, target in LINKS.items():
+    for name, target in LINKS:
         if name not in values:
             continue
         with runtime.reading(paths[name]):
             if values[name][target.removesuffix("_best")] != runtime.checksum(paths[target]):
                 raise ValueError(f"made with another {paths[target].name}")
+    denoiser, generator = values.get("denoiser_best", {}), values["dcgan_best"].get("generator")
+    if denoiser and isinstance(generator, dict):
+        with runtime.reading(paths["denoiser_best"]):  # as samples need it before the denoiser
+            generator["contrast"] = denoiser["contrast"].reshape(())
     return {
-        "vqvae": values[best["vqvae"]].get("model"),
-        "generator": values["dcgan_best"].get("generator"),
-        "denoiser": values.get("denoiser_best", {}).get("denoiser"),
-        "codes": values["codes"],
-    }
+        "vqvae": values[best["vqvae"]].get("model"), "generator": generator,
+        "denoiser": denoiser.get("denoiser"), "codes": values["codes"],
+    }  # fmt: skip
 
 
 def seed_folder(path: Path) -> Path:

@@ -38,6 +38,7 @@ import processes
 import runtime
 from dataset import BrainSlices, Data, evenly, open_data, unit_range
 from modules import VQVAE, CodeMap, Denoiser, generator_of
+from optimizers import Muon, make_optimizer
 
 COLUMNS = (
     "stage", "nimg", "seconds", "images_per_s", "lr",
@@ -65,7 +66,7 @@ GAN_MOMENTUM = 0.5  # of the DCGAN's kernels: its aim moves
 TO_MOST = 0.7  # below 1, more of a denoiser's crops have much noise, which is learned last
 REVIVE_BELOW = 0.7  # uses per step, on average, under which a code counts as unused
 
-LOWER = {"vqvae": "a lower --lr, or ", "dcgan": "a lower --gan-lr, or "}  # if it diverges
+LOWER = {"vqvae": "a lower --lr, or ", "dcgan": "lower --gan-lr, or "}  # if it diverges
 
 # What a random number is for: with seed and position it makes its generator.
 WEIGHTS, ORDER, CROP, REVIVE, NOISE, JITTER, START, MONITOR, DENOISE, SHARPEN = range(1, 11)
@@ -214,60 +215,6 @@ class Stage:
                 stage=self.name, nimg=self.nimg, seconds=round(self.seconds, 1),
                 images_per_s=round(rate, 1), lr=lr, **means, **measured,
             )  # fmt: skip
-
-
-class Muon(torch.optim.Adam):
-    """Adam; but a step of a convolution's kernel is its momentum, made orthogonal.
-
-    Jordan et al. 2024 (kellerjordan.github.io/posts/muon), whose Newton-Schulz iteration brings
-    the singular values of a matrix (the kernel's first axis by the rest) near to 1: directions
-    that gradients seldom take move as far as the frequent ones. torch.optim.Muon takes
-    matrices alone, and multiplies them in bfloat16, which is four times as slow on a processor.
-    A kernel of one row has one direction: Adam's, like biases and gains.
-    """
-
-    RATIO = 6.0  # a kernel's step in units of lr, by its largest singular value
-    QUINTIC = 3.4445, -4.7750, 2.0315  # coefficients of x, x^3, x^5
-
-    def __init__(self, network: torch.nn.Module, lr: float, betas, momentum: float = 0.95):
-        self.momentum = momentum
-        kernels, others = [], []
-        for weight in network.parameters():
-            (kernels if weight.ndim == 4 and len(weight) > 1 else others).append(weight)
-        super().__init__([{"params": kernels}, {"params": others}], lr, betas, fused=True)
-
-    @torch.no_grad()
-    def step(self):
-        kernels = self.param_groups[0]
-        for kernel in kernels["params"]:
-            state, grad = self.state[kernel], kernel.grad
-            if not state:  # under the names that Adam looks for
-                state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(grad)}
-            momentum = state["exp_avg"].lerp_(grad, 1 - self.momentum)
-            step = self.orthogonal(grad.lerp(momentum, self.momentum).flatten(1))
-            kernel.sub_(step.view(grad.shape), alpha=self.RATIO * kernels["lr"])
-            kernel.grad = None  # so that Adam leaves it alone
-        super().step()
-
-    @classmethod
-    def orthogonal(cls, matrix: Tensor) -> Tensor:
-        """(m, n) = U S V^T -> nearly U V^T, times sqrt(m / n) where m > n."""
-        if len(matrix) > matrix.shape[1]:
-            return cls.orthogonal(matrix.T).T * (len(matrix) / matrix.shape[1]) ** 0.5
-        x, (a, b, c) = matrix / (matrix.norm() + 1e-7), cls.QUINTIC
-        gram = x @ x.T  # of x as it becomes; the products of (m, m) are the cheap ones
-        one = whole = torch.eye(len(x), device=x.device)
-        for _ in range(5):
-            factor = a * one + b * gram + c * gram @ gram  # x would become factor @ x
-            whole, gram = factor @ whole, factor @ gram @ factor
-        return whole @ x
-
-
-def make_optimizer(network, name: str, lr: float, betas, momentum: float = 0.95):
-    """The optimiser that `Config.optimizer` names. momentum: Muon's, of kernels."""
-    if name == "muon":
-        return Muon(network, lr, betas, momentum)
-    return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)
 
 
 def set_lr(lr: float, optimizer: torch.optim.Optimizer):
@@ -514,6 +461,12 @@ def trained_vqvae(run: Run, stage: str = "vqvae", **given) -> VQVAE:
     path, model = run.path(f"{stage}_best.pt"), modules.make_vqvae(run.config)
     values = runtime.load_checkpoint(path, stage=stage, **run.fingerprint(), **given)
     return runtime.load_weights(model, values.get("model"), path).to(run.device).eval()
+
+
+def last_vqvae(real: "RealMaps") -> VQVAE:
+    """The VQ-VAE that samples are decoded with: of stage 3, if there is one, else of 1."""
+    stage, link = ("decoder", real.link) if real.run.config.decoder_kimg else ("vqvae", {})
+    return trained_vqvae(real.run, stage, **link)
 
 
 # --- stage 2: index maps ------------------------------------------------------------------
@@ -976,8 +929,8 @@ class Monitor:
     @torch.no_grad()
     def __init__(self, gan: Gan):
         run, self.gan = gan.run, gan
-        stage, link = ("decoder", gan.link) if run.config.decoder_kimg else ("vqvae", {})
-        self.vqvae = trained_vqvae(run, stage, **link)
+        self.vqvae = last_vqvae(gan)
+        self.contrast = Contrast(gan, self.vqvae)
         self.network = metrics.RandomFeatures()
         train, validation = run.data.train, run.data.validation
         self.n = min(self.N, len(validation), len(train) // 2)
@@ -985,12 +938,9 @@ class Monitor:
         self.real = self.features(validation, self.n)
         maps = gan.real_maps(train.rows[evenly(len(train), 64)])
         self.real_spread = mean_distance(gan.code_map.encode(maps))
-        rows = evenly(len(train), 128)
-        maps, self.levels = gan.real_maps(train.rows[rows]), gan.levels[rows]
-        images = torch.cat([self.vqvae.decode(part) for part in maps.split(32)])
-        self.real_detail = metrics.detail_strength(images).mean().item()
+        count = max(64, self.n)
         self.noise = modules.noise_of(
-            range(max(128, self.n)), run.config.noise_dim, run.seed, gan.level_table, MONITOR
+            range(count), run.config.noise_dim, run.seed, gan.level_table, MONITOR
         )
 
     def features(self, split: BrainSlices, count: int) -> Tensor:
@@ -1009,7 +959,8 @@ class Monitor:
         full = stage.done or stage.step % (stage.every * max(1, ROWS // 8)) == 0
         n = self.n if full else 64
         if full and config.gan_loss == "relativistic" and not config.denoiser_kimg:
-            self.set_contrast()
+            self.contrast.fit(gan.average)
+            gan.G.contrast.copy_(gan.average.contrast)  # or averaging would change it
         mine = processes.share(n)
         maps, images = modules.draw(
             gan.average, gan.code_map, self.vqvae, *(part[:n][mine] for part in self.noise),
@@ -1035,26 +986,47 @@ class Monitor:
                 "larger --gamma; in another --out without --stop-collapsed it would go on",
             )
 
-    def set_contrast(self):
-        """Give samples the strength of detail that reconstructions of the same levels have.
 
-        For samples that no denoiser restores.
-        Snapping cells to codes flattens: a cell between two codes, or beyond all, goes inwards.
-        Detail is nearly linear in the gain: two trials, and the line through them. What has
-        too much detail has grain, which less contrast would smear and not mend: gain 0.
+class Contrast:
+    """Gives samples the strength of detail that reconstructions of the same levels have.
+
+    Snapping cells to codes flattens: a cell between two codes, or beyond all, goes inwards. And
+    a denoiser cannot know what the generator has lost.
+    """
+
+    MOST = 0.2  # gain
+
+    @torch.no_grad()
+    def __init__(self, real: RealMaps, vqvae: VQVAE):
+        run, self.code_map, self.vqvae = real.run, real.code_map, vqvae
+        rows = evenly(len(run.data.train), 128)
+        maps, levels = real.real_maps(run.data.train.rows[rows]), real.levels[rows]
+        images = torch.cat([vqvae.decode(part) for part in maps.split(32)])
+        self.wanted = metrics.detail_strength(images).mean().item()
+        numbers, mine = range(len(rows)), processes.share(len(rows))
+        size, table = run.config.noise_dim, real.level_table
+        noise, _ = modules.noise_of(numbers, size, run.seed, table, MONITOR)
+        self.given = noise[mine], levels[mine]
+        self.autocast = functools.partial(runtime.autocast, run.device, run.config.precision)
+
+    @torch.no_grad()
+    def fit(self, generator: modules.Generator, denoiser: Denoiser | None = None):
+        """Set the generator's contrast.
+
+        Detail is nearly linear in the gain: two trials, and the line between them, no further.
+        What has too much detail has grain, which less contrast would smear and not mend.
         """
-        gan, n, found = self.gan, len(self.levels), []
-        mine = processes.share(n)
-        noise, levels = self.noise[0][:n][mine], self.levels[mine]
-        for gain in (0.0, 0.2):
-            gan.average.contrast.fill_(gain)
-            _, images = modules.draw(gan.average, gan.code_map, self.vqvae, noise, levels)
+        found = []
+        for gain in (0.0, self.MOST):
+            generator.contrast.fill_(gain)
+            _, images = modules.draw(
+                generator, self.code_map, self.vqvae, *self.given, denoiser=denoiser,
+                autocast=self.autocast(),
+            )  # fmt: skip
             detail = processes.gathered(metrics.detail_strength(images))
             found.append(detail.mean().item())
-        slope = max((found[1] - found[0]) / 0.2, 1e-6)
-        gain = min(max((self.real_detail - found[0]) / slope, 0.0), 0.5)
-        for generator in (gan.average, gan.G):  # both, or averaging would change it
-            generator.contrast.fill_(gain)
+        share = (self.wanted - found[0]) / max(found[1] - found[0], 1e-6)
+        generator.contrast.fill_(self.MOST * min(max(share, 0.0), 1.0))
 
 
 def mean_distance(u: Tensor) -> float:
@@ -1068,12 +1040,14 @@ def mean_distance(u: Tensor) -> float:
 def train_denoiser(run: Run):
     """Train until `denoiser_kimg`; `denoiser_best.pt` holds the best by validation loss.
 
-    It sees real maps alone, in crops: what neighbours look like is the same everywhere.
+    It sees real maps alone, in crops: what neighbours look like is the same everywhere. With
+    it goes the contrast that samples need before it.
     """
     config = run.config
     if config.denoiser_kimg == 0:
         return
     real = RealMaps(run)
+    require(run, "dcgan", config.gan_kimg)
     denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config)).to(run.device)
     denoiser.fit(real.code_map, real.counts)
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
@@ -1090,6 +1064,28 @@ def train_denoiser(run: Run):
         update_average(average, denoiser, half_life, config.gan_batch_size)
         stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
     stage.shown.close()
+    add_contrast(real)
+
+
+def add_contrast(real: RealMaps):
+    """Complete `denoiser_best.pt` by the contrast of this generator's samples, once."""
+    run, made_with = real.run, real.run.fingerprint() | real.link
+    paths = run.path("denoiser_best.pt"), run.path("dcgan_best.pt")
+    values = runtime.load_checkpoint(paths[0], stage="denoiser", **made_with)
+    link = {"dcgan": runtime.checksum(paths[1])}
+    if values.items() >= link.items():
+        return
+    generator, denoiser = modules.make_generator(run.config), modules.make_denoiser(run.config)
+    theirs = runtime.load_checkpoint(paths[1], stage="dcgan", **made_with)
+    for network, state, path in (
+        (denoiser, values.get("denoiser"), paths[0]),
+        (generator, theirs.get("generator"), paths[1]),
+    ):
+        runtime.load_weights(network, state, path).to(run.device).eval()
+    if run.config.gan_loss == "relativistic":
+        Contrast(real, last_vqvae(real)).fit(generator, denoiser)
+    values |= link | {"contrast": generator.contrast.cpu()}
+    processes.first(lambda: runtime.save_checkpoint(paths[0], values))
 
 
 def denoiser_step(denoiser: Denoiser, optimizer, real: RealMaps, stage: Stage) -> Tensor:

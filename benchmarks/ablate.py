@@ -60,7 +60,7 @@ from config import Config, Exit, UserError
 from dataset import Data, open_data
 
 KIMG = 40.0  # maps seen per row, thousands
-# By Adam, as the original's loss and networks were made for: one optimiser for all rows.
+# By Adam, as the original's loss and networks were made for: one optimiser for all DCGANs.
 ALONE = {"gan_kimg": KIMG, "denoiser_kimg": 0.0, "optimizer": "adam"}
 ALONE |= {"gan_lr": (8e-4, 8e-4), "gamma": 0.3}
 SECONDS = 180  # of training for the row whose maps are not counted
@@ -378,7 +378,7 @@ DENOISED = {"denoiser_kimg": Config.denoiser_kimg}
 
 ROWS = {
     "coordinates": Row("4 principal coordinates, nearest code"),
-    "coordinates-denoised": Row("the same, then the denoiser (the default)", DENOISED),
+    "coordinates-denoised": Row("the same, then the denoiser", DENOISED),
     "pc1": Row("one channel, PC-1 order, even bins", PC1),
     "pc1-denoised": Row("the same, then a denoiser of that channel", PC1 | DENOISED),
     "quantiles": Row("one channel, PC-1 order, quantile bins", PC1, quantile_places),
@@ -474,7 +474,7 @@ def append(rows: list[dict]):
 
 
 def table() -> str:
-    """The table of EXPERIMENTS.md: mean (sd) over seeds; a row that was not measured says so."""
+    """EXPERIMENTS.md's: mean (sd) over seeds; a row that was not measured says so."""
     found, shown = read_rows(), SCORES | EFFORT
     lines = ["| what the GAN draws, and how it learns | " + " | ".join(shown.values()) + " |"]
     lines.append("| --- |" + " --- |" * len(shown))

@@ -1,4 +1,4 @@
-"""The table of mappings: its orders are orders, and the README shows what was measured."""
+"""The table of mappings: its orders are orders, and EXPERIMENTS.md shows what was measured."""
 
 from pathlib import Path
 

@@ -513,7 +513,7 @@ def without(values, key):
 
 def relink(folder: Path, changed: str):
     """Make the other files belong to a changed one, so that its own fault is what is found."""
-    for name, target in predict.LINKS.items():
+    for name, target in predict.LINKS:
         if f"{target}.pt" == changed:
             values = runtime.load_checkpoint(folder / f"{name}.pt")
             values[target.removesuffix("_best")] = runtime.checksum(folder / changed)

@@ -69,8 +69,9 @@ def test_presets_are_valid_and_differ_from_the_default():
 
 
 ORDER = [
-    "config", "embedded", "decoding", "modules", "metrics", "figures", "processes", "runtime",
-    "sources", "dataset", "train", "evaluation", "report", "sharing", "predict", "driver",
+    "config", "embedded", "decoding", "modules", "optimizers", "metrics", "figures",
+    "processes", "runtime", "sources", "dataset", "train", "evaluation", "report", "sharing",
+    "predict", "driver",
 ]  # fmt: skip
 
 

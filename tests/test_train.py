@@ -75,7 +75,8 @@ def final_state(run) -> dict:
     stages = ("vqvae", "decoder", "dcgan", "denoiser")
     for name in ("codes", *(f"{s}_{w}" for s in stages for w in ("last", "best"))):
         values = torch.load(run.path(f"{name}.pt"), weights_only=True)
-        for key in ("seconds", "row_seconds", "vqvae", "codes"):  # times; checksums over times
+        times = "seconds", "row_seconds"
+        for key in (*times, "vqvae", "codes", "dcgan"):  # the last are checksums over times
             values.pop(key, None)
         state |= {f"{name}.{key}": value for key, value in runtime._tensors(values)}
     state["codes.npy"] = torch.from_numpy(np.load(run.path("codes.npy")).astype(int))
@@ -259,38 +260,33 @@ def test_diversity_is_1_for_real_maps_and_0_after_a_collapse(uninterrupted, monk
 
 
 def test_samples_get_the_strength_of_detail_of_reconstructions(uninterrupted, monkeypatch):
-    gan = train.Gan(uninterrupted)
-    monitor = train.Monitor(gan)
-    asked = []
+    gan, asked = train.Gan(uninterrupted), []
+    contrast = train.Contrast(gan, train.last_vqvae(gan))
 
-    def draw(generator, code_map, vqvae, noise, level):
-        asked.append(level)
+    def draw(generator, code_map, vqvae, noise, level, denoiser, autocast):
+        asked.append((level, denoiser))
         edges = torch.zeros(4, 1, 64, 64)
         edges[..., ::8] = 0.1 + generator.contrast  # stronger edges with more contrast
         return None, edges
 
-    generator = copy.deepcopy(gan.average)
-    generator.contrast.fill_(0.13)
-    wanted = metrics.detail_strength(draw(generator, *[None] * 4)[1]).mean().item()
+    gan.average.contrast.fill_(0.13)
+    wanted = metrics.detail_strength(draw(gan.average, *[None] * 6)[1]).mean().item()
     monkeypatch.setattr(modules, "draw", draw)
-    for detail, gain in ((wanted, 0.13), (1.0, 0.5), (0.0, 0.0)):
-        monitor.real_detail = detail
-        monitor.set_contrast()
+    for detail, gain in ((wanted, 0.13), (1.0, contrast.MOST), (0.0, 0.0)):
+        contrast.wanted = detail
+        contrast.fit(gan.average, "denoiser")
         assert gan.average.contrast.item() == pytest.approx(gain, abs=0.002)
-        assert gan.G.contrast.item() == gan.average.contrast.item()
-    assert torch.equal(asked[-1], monitor.levels)
+    rows = train.evenly(len(uninterrupted.data.train), 128)
+    assert torch.equal(asked[-1][0], gan.levels[rows]) and asked[-1][1] == "denoiser"
 
 
 @pytest.mark.parametrize("denoised", [False, True])
-def test_contrast_is_kept_and_is_for_samples_that_no_denoiser_restores(
-    uninterrupted, monkeypatch, denoised
-):
+def test_contrast_waits_for_the_denoiser_if_there_is_one(uninterrupted, monkeypatch, denoised):
     gan = train.Gan(uninterrupted)
-    kimg = 0.052 if denoised else 0.0
-    config = replace(uninterrupted.config, denoiser_kimg=kimg)
-    monkeypatch.setattr(gan, "run", replace(uninterrupted, config=config))
     monitor, kept = train.Monitor(gan), []
-    monitor.real_detail = 1.0  # more than any sample has
+    config = replace(uninterrupted.config, denoiser_kimg=float(denoised))
+    monkeypatch.setattr(gan, "run", replace(uninterrupted, config=config))
+    monitor.contrast.wanted = 1.0  # more than any sample has
 
     class Last:
         done, step, every = True, 1, 1
@@ -299,7 +295,25 @@ def test_contrast_is_kept_and_is_for_samples_that_no_denoiser_restores(
             kept.append(generator.state_dict()["contrast"].item())
 
     monitor.measure(Last)
-    assert kept == [0.0 if denoised else 0.5]
+    assert kept == [0.0 if denoised else pytest.approx(train.Contrast.MOST)]
+    assert gan.G.contrast.item() == kept[0]
+
+
+def test_contrast_is_set_once_for_this_generator_and_denoiser(uninterrupted, monkeypatch):
+    path = uninterrupted.path("denoiser_best.pt")
+    before, values = path.read_bytes(), runtime.load_checkpoint(path)
+    assert 0 <= values["contrast"] <= train.Contrast.MOST
+    train.add_contrast(train.RealMaps(uninterrupted))
+    assert path.read_bytes() == before
+    fitted = []
+    monkeypatch.setattr(train.Contrast, "fit", lambda self, *networks: fitted.append(networks))
+    try:  # another generator: what was set is not its own
+        runtime.save_checkpoint(path, values | {"dcgan": 7})
+        train.add_contrast(train.RealMaps(uninterrupted))
+        dcgan = runtime.checksum(uninterrupted.path("dcgan_best.pt"))
+        assert len(fitted) == 1 and runtime.load_checkpoint(path)["dcgan"] == dcgan
+    finally:
+        path.write_bytes(before)
 
 
 def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
@@ -616,40 +630,3 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     assert train.denoiser_step(denoiser, adam, gan, stage).device == meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         values["g_loss"].item()  # the control
-
-
-@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (24, 5, 1, 1), (16, 4, 2, 2)])
-def test_kernels_move_as_by_torchs_muon_and_the_rest_as_by_adam(shape):
-    # torch's works in bfloat16: hence 5 % of the length of the way.
-    network = torch.nn.Sequential(torch.nn.Conv2d(shape[1], shape[0], shape[2:]))
-    network.append(torch.nn.Conv2d(shape[0], 1, 1)).to(memory_format=torch.channels_last)
-    start = {k: v.detach().clone() for k, v in network.named_parameters()}
-    matrix = torch.nn.Parameter(start["0.weight"].flatten(1).clone())
-    others = {k: torch.nn.Parameter(v) for k, v in start.items() if k != "0.weight"}
-    here = train.Muon(network, 0.01, betas=(0.8, 0.9))
-    muon = torch.optim.Muon([matrix], 0.01 * train.Muon.RATIO, weight_decay=0)
-    adam = torch.optim.Adam(others.values(), 0.01, (0.8, 0.9), fused=True)
-    for _ in range(4):
-        for name, weight in network.named_parameters():
-            weight.grad = torch.randn(weight.shape)
-            twin = matrix if name == "0.weight" else others[name]
-            twin.grad = weight.grad.clone().view(twin.shape)
-        for each in (here, muon, adam):
-            each.step()
-    moved, there = (
-        w.detach().flatten(1) - start["0.weight"].flatten(1)
-        for w in (network[0].weight, matrix)
-    )
-    assert (moved - there).norm() < 0.05 * there.norm()
-    for name, twin in others.items():
-        assert torch.equal(network.get_parameter(name), twin)
-
-
-@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
-def test_all_directions_of_a_step_are_of_nearly_one_length(shape):
-    matrix = torch.randn(shape) * torch.logspace(0, -2, shape[1])
-    found = torch.linalg.svdvals(train.Muon.orthogonal(matrix))
-    found /= max(1, shape[0] / shape[1]) ** 0.5
-    assert found.min() > 0.5
-    assert found.max() < 1.3
-    assert torch.linalg.svdvals(matrix / matrix.norm()).min() < 0.2  # the control

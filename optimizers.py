@@ -1,0 +1,64 @@
+"""Muon, the optimiser of the convolutions' kernels, and the choice between it and Adam.
+
+In: a network, its gradients. Out: a step. A kernel's gradient is mostly a few directions, taken
+again and again; Muon takes all of them equally far. EXPERIMENTS.md, section 2, has what that
+is worth.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Adam):
+    """Adam; but a step of a convolution's kernel is its momentum, made orthogonal.
+
+    Jordan et al. 2024 (kellerjordan.github.io/posts/muon), whose Newton-Schulz iteration brings
+    the singular values of a matrix (the kernel's first axis by the rest) near to 1: directions
+    that gradients seldom take move as far as the frequent ones. A kernel of one row has one
+    direction: Adam's, like biases and gains. (torch.optim.Muon takes matrices alone.)
+    """
+
+    RATIO = 6.0  # a kernel's step in units of lr, by its singular values
+    QUINTIC = 3.4445, -4.7750, 2.0315  # coefficients of x, x^3, x^5
+
+    def __init__(self, network: nn.Module, lr: float, betas, momentum: float = 0.95):
+        self.momentum = momentum
+        kernels, others = [], []
+        for weight in network.parameters():
+            (kernels if weight.ndim == 4 and len(weight) > 1 else others).append(weight)
+        super().__init__([{"params": kernels}, {"params": others}], lr, betas, fused=True)
+
+    @torch.no_grad()
+    def step(self):
+        kernels = self.param_groups[0]
+        for kernel in kernels["params"]:
+            state, grad = self.state[kernel], kernel.grad
+            if not state:  # under the names that Adam looks for
+                state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(grad)}
+            momentum = state["exp_avg"].lerp_(grad, 1 - self.momentum)
+            step = self.orthogonal(grad.lerp(momentum, self.momentum).flatten(1))
+            kernel.sub_(step.view(grad.shape), alpha=self.RATIO * kernels["lr"])
+            kernel.grad = None  # so that Adam leaves it alone
+        super().step()
+
+    @classmethod
+    def orthogonal(cls, matrix: Tensor) -> Tensor:
+        """(m, n) = U S V^T -> nearly U V^T, times sqrt(m / n) where m > n."""
+        if len(matrix) > matrix.shape[1]:
+            return cls.orthogonal(matrix.T).T * (len(matrix) / matrix.shape[1]) ** 0.5
+        x, (a, b, c) = matrix / (matrix.norm() + 1e-7), cls.QUINTIC
+        gram = x @ x.T  # of x as it becomes; the products of (m, m) are the cheap ones
+        one = whole = torch.eye(len(x), device=x.device)
+        for _ in range(5):
+            factor = a * one + b * gram + c * gram @ gram  # x would become factor @ x
+            whole, gram = factor @ whole, factor @ gram @ factor
+        return whole @ x
+
+
+def make_optimizer(
+    network: nn.Module, name: str, lr: float, betas: tuple[float, float], momentum: float = 0.95
+) -> torch.optim.Optimizer:
+    """The optimiser that `Config.optimizer` names. momentum: Muon's, of kernels."""
+    if name == "muon":
+        return Muon(network, lr, betas, momentum)
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)

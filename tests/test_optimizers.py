@@ -1,0 +1,66 @@
+"""Muon moves kernels as torch's does matrices, and everything else as Adam does."""
+
+import pytest
+import torch
+
+from optimizers import Muon
+
+
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (24, 5, 1, 1), (16, 4, 2, 2)])
+def test_kernels_move_as_by_torchs_muon_and_the_rest_as_by_adam(shape):
+    torch.manual_seed(0)  # torch's works in bfloat16: hence 5 % of the length of the way
+    network = torch.nn.Sequential(torch.nn.Conv2d(shape[1], shape[0], shape[2:]))
+    network.append(torch.nn.Conv2d(shape[0], 1, 1)).to(memory_format=torch.channels_last)
+    start = {k: v.detach().clone() for k, v in network.named_parameters()}
+    matrix = torch.nn.Parameter(start["0.weight"].flatten(1).clone())
+    others = {k: torch.nn.Parameter(v) for k, v in start.items() if k != "0.weight"}
+    here = Muon(network, 0.01, betas=(0.8, 0.9))
+    muon = torch.optim.Muon([matrix], 0.01 * Muon.RATIO, weight_decay=0)
+    adam = torch.optim.Adam(others.values(), 0.01, (0.8, 0.9), fused=True)
+    for _ in range(4):
+        for name, weight in network.named_parameters():
+            weight.grad = torch.randn(weight.shape)
+            twin = matrix if name == "0.weight" else others[name]
+            twin.grad = weight.grad.clone().view(twin.shape)
+        for each in (here, muon, adam):
+            each.step()
+    moved, there = (
+        w.detach().flatten(1) - start["0.weight"].flatten(1)
+        for w in (network[0].weight, matrix)
+    )
+    assert (moved - there).norm() < 0.05 * there.norm()
+    for name, twin in others.items():
+        assert torch.equal(network.get_parameter(name), twin)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+def test_all_directions_of_a_step_are_of_nearly_one_length(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) * torch.logspace(0, -2, shape[1])
+    found = torch.linalg.svdvals(Muon.orthogonal(matrix))
+    found /= max(1, shape[0] / shape[1]) ** 0.5
+    assert found.min() > 0.5
+    assert found.max() < 1.3
+    assert torch.linalg.svdvals(matrix / matrix.norm()).min() < 0.2  # the control
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    network = torch.nn.Conv2d(3, 8, 3)
+    start = [weight.detach().clone() for weight in network.parameters()]
+    optimizer = Muon(network, 0.01, betas=(0.8, 0.9))
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert all(map(torch.equal, network.parameters(), start))
+
+
+def test_no_value_is_asked_of_the_device(monkeypatch):
+    network = torch.nn.Conv2d(5, 8, 3, device="meta")  # a device that has none
+    optimizer = Muon(network, 0.01, betas=(0.8, 0.9))
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # torch's own business
+    optimizer.step()
+    assert network.weight.grad is None
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        network.weight.sum().item()  # the control
