@@ -21,7 +21,7 @@ if __name__ == "__main__":  # a mistyped flag must not wait for torch
     PARSER.add_argument(
         "--stage", choices=("all", "vqvae", "codes", "decoder", "dcgan", "denoiser"),
         default="all", help="vqvae; codes (needs vqvae); decoder, if it has a length; dcgan; "
-        "denoiser (these need codes, and dcgan the decoder) [all in turn]",
+        "denoiser (these need codes, dcgan the decoder, denoiser dcgan) [all in turn]",
     )  # fmt: skip
     add_options(PARSER)
     ARGUMENTS = PARSER.parse_args()
