@@ -1071,10 +1071,14 @@ def add_contrast(real: RealMaps):
     """Complete `denoiser_best.pt` by the contrast of this generator's samples, once."""
     run, made_with = real.run, real.run.fingerprint() | real.link
     paths = run.path("denoiser_best.pt"), run.path("dcgan_best.pt")
-    values = runtime.load_checkpoint(paths[0], stage="denoiser", **made_with)
-    link = {"dcgan": runtime.checksum(paths[1])}
-    if values.items() >= link.items():
+    link = runtime.checksum(paths[1])
+
+    def read() -> dict:
+        return runtime.load_checkpoint(paths[0], stage="denoiser", **made_with)
+
+    if processes.first(lambda: read().get("dcgan") == link):
         return
+    values = read()
     generator, denoiser = modules.make_generator(run.config), modules.make_denoiser(run.config)
     theirs = runtime.load_checkpoint(paths[1], stage="dcgan", **made_with)
     for network, state, path in (
@@ -1084,7 +1088,7 @@ def add_contrast(real: RealMaps):
         runtime.load_weights(network, state, path).to(run.device).eval()
     if run.config.gan_loss == "relativistic":
         Contrast(real, last_vqvae(real)).fit(generator, denoiser)
-    values |= link | {"contrast": generator.contrast.cpu()}
+    values |= {"dcgan": link, "contrast": generator.contrast.cpu()}
     processes.first(lambda: runtime.save_checkpoint(paths[0], values))
 
 
