@@ -124,11 +124,11 @@ def _open_folder(config: Config) -> Data:
     report["skipped"] = [
         {"file": printable(name), "reason": reason} for name, reason in skipped.items()
     ]
-    pairs = zip(items, table, strict=True)
-    kept, counts = zip(*(pair for pair in pairs if pair[0].name not in skipped), strict=True)
+    kept = [item for item in items if item.name not in skipped]
+    counts = [count for count in table if not isinstance(count, str)]
     report["split"], notes = assign_parts(kept, config)
     report["notes"] += notes
-    columns = zip(*((item.subject, item.part or "", item.series) for item in kept), strict=True)
+    columns = [i.subject for i in kept], [i.part or "" for i in kept], [i.series for i in kept]
     rows = [np.repeat(column, counts) for column in columns]
     return _data(config, images, fingerprint, rows, report)
 
@@ -258,14 +258,15 @@ def _decoded(config: Config, root: Path, items: list[Item]) -> tuple[np.ndarray,
 
 def _listing(items: list[Item]) -> list:
     """Name, size and time of every file; a file that is gone or may not be read has none."""
-    rows = []
+    found = []  # flat: ten thousand small lists would call the garbage collector
     for item in items:
+        found.append(item.name)
         try:
             for status in map(os.stat, item.files):
-                rows.append([item.name, status.st_size, status.st_mtime_ns, status.st_mode])
+                found += status.st_size, status.st_mtime_ns, status.st_mode
         except OSError:
-            rows.append([item.name, None, None])
-    return rows
+            found.append(None)
+    return found
 
 
 def _remembered(note: Path) -> str | None:

@@ -32,7 +32,7 @@ Segmentations do not count."""
 SHEETS = ("grid.png", "strip.png", "comparison.png")  # of predict.py, beside its slices
 
 
-@dataclass
+@dataclass(slots=True)
 class Item:
     """One file that holds an image or a volume, and what its path says."""
 
@@ -60,7 +60,7 @@ class Item:
     @property
     def files(self) -> list[str]:
         """The file, and the pixels beside it where a header (.hdr) has its own file."""
-        path = os.path.join(self.root, self.name)
+        path = f"{self.root}/{self.name}"
         if not path.lower().endswith(".hdr"):
             return [path]
         return [path, path[:-4] + (".IMG" if path.endswith(".HDR") else ".img")]
@@ -134,24 +134,25 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         for entry in _entries(place, ignored):
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            segmentation = is_segmentation or bool(_SEGMENTATION.search(entry.name))
-            if _JUNK.match(entry.name):
+            name, lower = entry.name, entry.name.lower()
+            segmentation = is_segmentation or bool(_SEGMENTATION.search(name))
+            below = f"{folder}/{name}" if folder else name
+            if _JUNK.match(name):
                 ignored["system files"] += 1
             elif _is_folder(entry):
-                folders.append((name, segmentation))
-                sessions.update(match.upper() for match in _SESSION.findall(entry.name))
-            elif not entry.name.lower().endswith(IMAGES + VOLUMES):
-                if not entry.name.lower().endswith(".img"):  # counted with its .hdr
-                    ignored[f"{Path(entry.name).suffix.lower() or 'other'} files"] += 1
+                folders.append((below, segmentation))
+                sessions.update(match.upper() for match in _SESSION.findall(name))
+            elif not lower.endswith(IMAGES + VOLUMES):
+                if not lower.endswith(".img"):  # counted with its .hdr
+                    ignored[f"{Path(lower).suffix or 'other'} files"] += 1
             elif _is_device(entry):  # a pipe would be waited for forever
                 ignored["devices and pipes"] += 1
             elif segmentation:
                 ignored["segmentations"] += 1
-            elif entry.name in SHEETS:
+            elif name in SHEETS:
                 ignored["contact sheets"] += 1
             else:
-                yield name
+                yield below
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -197,13 +198,16 @@ def _first_runs(names: list[str]) -> list[str]:
     """BIDS runs of one session are the same head again: keep the first."""
     first = {}
     for name in names:
-        first.setdefault(re.sub(r"_run-\w+?(?=_)", "", name), name)
+        without = re.sub(r"_run-\w+?(?=_)", "", name) if "_run-" in name else name
+        first.setdefault(without, name)
     return list(first.values())
 
 
 def _natural(name: str) -> list:
     """slice_2 before slice_10."""
-    return [int(t) if i % 2 else t for i, t in enumerate(_NUMBER.split(name))]
+    parts = _NUMBER.split(name)  # texts and numbers in turn
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 # --- subjects and splits ------------------------------------------------------------------
