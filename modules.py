@@ -15,6 +15,7 @@ features, E features of the strength of noise.
 
 import functools
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import NamedTuple
@@ -159,13 +160,12 @@ class Quantizer(nn.Module):
         keys = torch.cat([weight.T @ shifted.T, shifted.square().sum(1)[None] / -2])
         a = F.pad(a, (0, 1), value=1.0)                                   # (N, A + 1)
         if a.device.type != "cpu":
-            return torch.cat([(part @ keys).argmax(1) for part in a.split(1 << 18)])
+            return torch.cat([best(part @ keys) for part in a.split(1 << 18)])
         zero = torch.zeros_like(a[:1])
         zero[:, -1] = 1.0
-        indices = (zero @ keys).argmax(1).repeat(len(a))                  # (N,)
+        indices = best(zero @ keys).repeat(len(a))                        # (N,)
         inside = a[:, :-1].any(1).nonzero().flatten()
-        best = [(part @ keys).argmax(1) for part in a[inside].split(4096)]
-        indices[inside] = torch.cat(best)
+        indices[inside] = torch.cat([best(part @ keys) for part in a[inside].split(4096)])
         return indices
 
     def forward(self, a: Tensor, projection: nn.Conv2d, dtype=torch.float32) -> Quantized:
@@ -244,6 +244,11 @@ class Quantizer(nn.Module):
         chosen = torch.multinomial(errors, len(dead), generator=generator).to(dead.device)
         self.replace(dead, project(quantized.inputs[chosen], projection))
         return len(dead)
+
+
+def best(scores: Tensor) -> Tensor:
+    """Column (N,) of the highest of each row (N, K): argmax, in less than half of its time."""
+    return scores.max(1).indices
 
 
 def project(a: Tensor, projection: nn.Conv2d) -> Tensor:
@@ -462,7 +467,7 @@ def nearest_row(x: Tensor, rows: Tensor) -> Tensor:
     """Index of the row of (U, C) nearest to each x (N, C), as |x|^2 matters to none: (N,)."""
     keys = torch.cat([rows.T, rows.square().sum(1)[None] / -2])           # (C + 1, U)
     x = F.pad(x, (0, 1), value=1.0)                                       # (N, C + 1)
-    return torch.cat([(part @ keys).argmax(1) for part in x.split(4096)])
+    return torch.cat([best(part @ keys) for part in x.split(4096)])
 
 
 def principal_coordinates(codebook: Tensor, counts: Tensor, components: int) -> Tensor:
@@ -637,7 +642,8 @@ class Denoiser(nn.Module):
     It judges cells by their neighbours, which a discriminator of whole maps hardly does. It is
     told neither slice level nor place: where things lie is the generator's business.
 
-    x is in units of `sd`, the standard deviation of real maps about `mean`.
+    A code is to it what it is to a `CodeMap` of coordinates, whatever the DCGAN draws; x is in
+    units of `sd`, their standard deviation.
     """
 
     LEAST, MOST = 0.1, 4.0  # sigma: known noise that it learns from
@@ -646,7 +652,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, codes: int, channels: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.channels = channels
         self.register_buffer("sd", torch.ones(()))
         self.register_buffer("points", torch.zeros(codes, channels))      # e, in units of sd
         w, E = 32, 32
@@ -663,16 +669,14 @@ class Denoiser(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def fit(self, code_map: CodeMap, counts: Tensor):
-        """Take places and shares of codes from a code map and a histogram (K,) of real maps."""
+    def fit(self, codebook: Tensor, counts: Tensor):
+        """Take places and shares of codes from the codebook (K, D) and a histogram (K,)."""
+        code_map = CodeMap.fit(codebook, counts, "coordinates", self.channels)
         used, points = code_map.used, code_map.points                     # (U,), (U, C)
         share = (counts[used] / counts.sum()).to(points)                  # (U,)
-        mean = share @ points                                             # (C,)
-        variance = share @ (points - mean).square()                       # (C,)
-        self.mean.copy_(mean[:, None, None])
-        self.sd.copy_(variance.mean().sqrt().clamp_min(1e-6))
+        self.sd.copy_((share @ points.square()).mean().sqrt().clamp_min(1e-6))
         self.points.fill_(self.FAR)
-        self.points[used] = (points - mean) / self.sd
+        self.points[used] = points / self.sd
         self.head.bias[used] = share.log()  # as if a cell had no neighbours
 
     def features(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -691,38 +695,49 @@ class Denoiser(nn.Module):
 
         Of cells that lie in the rows of features (N, w), x (N, C) and sigma (N, 1).
         """
-        precision = 1 / sigma.square()
-        seen = torch.cat([features.float(), x * precision, precision], 1) # (N, w + C + 1)
+        precision, one = 1 / sigma.square(), torch.ones_like(sigma)
         squares = self.points.square().sum(1, keepdim=True)               # (K, 1)
-        keys = torch.cat([self.head.weight, self.points, squares / -2], 1)
-        return F.linear(seen, keys, self.head.bias)
+        seen = torch.cat([features.float(), one, x * precision, precision], 1)
+        head = self.head.weight, self.head.bias[:, None]
+        return F.linear(seen, torch.cat([*head, self.points, squares / -2], 1))
 
-    def posterior(self, *rows: Tensor) -> Tensor:
-        """p(code | x) (N, K), what is nearly impossible at e^-80: a processor is slow below."""
-        logits = self.logits(*rows)
-        return logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80).softmax(1)
+    def of_cells(self, x: Tensor, sigma: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """`rule` of the logits (N, K) of the cells of x (B, C, h, w): (B*h*w, ...)."""
+        each = sigma.repeat_interleave(x.shape[2] * x.shape[3])[:, None]  # (B*h*w, 1)
+        rows = cells(self.features(x, sigma)), cells(x), each
+        with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
+            parts = zip(*(part.split(1024) for part in rows), strict=True)
+            return torch.cat([rule(self.logits(*part)) for part in parts])
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
-        B, C, h, w = x.shape
-        each = sigma.repeat_interleave(h * w)[:, None]                    # (N, 1)
-        rows = cells(self.features(x, sigma)), cells(x), each
-        places = self.points.T.contiguous()  # (C, K): a product four times as fast
-        with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
-            parts = zip(*(part.split(1024) for part in rows), strict=True)
-            means = [F.linear(self.posterior(*part), places) for part in parts]
-        return torch.cat(means).view(B, h, w, C).permute(0, 3, 1, 2)
+        places = F.pad(self.points, (0, 1), value=1.0).T.contiguous()     # (C + 1, K)
 
-    def restore(self, u: Tensor, noise: Tensor) -> Tensor:
-        """Generated maps u (n, C, h, w), their cells made to fit together by way of `noise`.
+        def mean(logits: Tensor) -> Tensor:
+            # What is nearly impossible is at e^-80: below, a processor counts slowly.
+            logits = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80)
+            sums = F.linear(logits.exp_(), places)  # of e by p(e | x), and of p(e | x)
+            return sums[:, :-1] / sums[:, -1:]
+
+        B, C, h, w = x.shape
+        return self.of_cells(x, sigma, mean).view(B, h, w, C).permute(0, 3, 1, 2)
+
+    def places(self, maps: Tensor) -> Tensor:
+        """Index maps (B, h, w) -> x (B, C, h, w)."""
+        return F.embedding(maps, self.points).permute(0, 3, 1, 2)
+
+    def restore(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Generated x (n, C, h, w) -> index maps (n, h, w), whose cells fit together.
 
         As SDEdit (Meng et al. 2022, arXiv:2108.01073): enough noise to drown what is wrong,
         then down to none by a multistep method (DPM-Solver++ of Lu et al. 2022,
         arXiv:2211.01095, algorithm 2): D is taken to go on changing as it did in the step
-        before, linearly in log sigma, and the equation of that D is solved exactly.
-        noise: (n, C, h, w), white, of unit variance.
+        before, linearly in log sigma, and the equation of that D is solved exactly. Each cell
+        ends as the most probable code.
+        noise: (n, C, h, w), white, of unit variance. Raises FloatingPointError if the weights
+        are not finite.
         """
-        x = (u - self.mean) / self.sd + self.FROM * noise
+        x = x + self.FROM * noise
         rho = 3  # eq. 5 of Karras et al.
         ends = self.FROM ** (1 / rho), self.LEAST ** (1 / rho)
         sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
@@ -733,7 +748,10 @@ class Denoiser(nn.Module):
             ahead = clean + change * (step / (1 - then / now) - 1)
             x = ahead + (x - ahead) * (then / now)
             before, back = clean, step
-        return self(x, x.new_full((len(x),), self.LEAST)) * self.sd + self.mean
+        if not torch.isfinite(x).all():
+            raise FloatingPointError("the denoiser's input or output is not finite")
+        last = x.new_full((len(x),), self.LEAST)
+        return self.of_cells(x, last, best).view(len(x), *x.shape[2:])
 
 
 def grain_of(z: Tensor, *shape: int) -> Tensor:
@@ -782,8 +800,7 @@ def denoising_loss(
     Every second cell each way counts, from `start` on: neighbours teach nearly the same, and
     512 codes for every cell would cost as much as the network.
     """
-    x = F.embedding(maps, denoiser.points).permute(0, 3, 1, 2)            # (B, C, h, w)
-    x = x + sigma[:, None, None, None] * noise
+    x = denoiser.places(maps) + sigma[:, None, None, None] * noise        # (B, C, h, w)
     some = (..., slice(start[0], None, 2), slice(start[1], None, 2))
     features, codes = denoiser.features(x, sigma)[some], maps[some].flatten(1)
     with torch.autocast(x.device.type, enabled=False):
@@ -794,7 +811,7 @@ def denoising_loss(
 
 
 def make_denoiser(config: Config) -> Denoiser:
-    channels = config.map_channels if config.order == "coordinates" else 1
+    channels = config.map_channels if config.order == "coordinates" else Config.map_channels
     return Denoiser(config.codes, channels)
 
 
@@ -858,12 +875,13 @@ def draw(
         u = raise_contrast(generator(z, where), generator.contrast)       # (16, C, h, w)
         if stretch:
             u = code_map.spread(u)
-        if denoiser is not None:
-            u = u.mean(1, True) if code_map.even else u                   # (16, 1 or C, h, w)
-            grain = grain_of(z, *u.shape[1:])
+        if denoiser is None:
+            indices = code_map.decode(u)                                  # (16, h, w)
+        else:  # which sees coordinates, of bins those of their codes
+            bins = code_map.even
+            x = denoiser.places(code_map.decode(u)) if bins else u / denoiser.sd
             with autocast or nullcontext():
-                u = denoiser.restore(u, grain)
-        indices = code_map.decode(u)                                      # (16, h, w)
+                indices = denoiser.restore(x, grain_of(z, *x.shape[1:]))
         maps.append(indices[:n].cpu())
         if decode:
             images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)

@@ -621,7 +621,7 @@ class RealMaps:
         self.maps = Feed(maps, run.device)
         self.levels = torch.from_numpy(run.data.train.levels)
         self.level_table = values["levels"]
-        self.counts = dict(values["counts"])["train"].to(run.device)  # (K,), of each code
+        self.counts = dict(values["counts"])["train"]  # (K,), of each code
         self.link = {"codes": runtime.checksum(run.path("codes.pt"))}  # for checkpoints
 
     def real_maps(self, rows: np.ndarray) -> Tensor:
@@ -930,7 +930,8 @@ class Monitor:
     def __init__(self, gan: Gan):
         run, self.gan = gan.run, gan
         self.vqvae = last_vqvae(gan)
-        self.contrast = Contrast(gan, self.vqvae)
+        alone = run.config.gan_loss == "relativistic" and not run.config.denoiser_kimg
+        self.contrast = Contrast(gan, self.vqvae) if alone else None
         self.network = metrics.RandomFeatures()
         train, validation = run.data.train, run.data.validation
         self.n = min(self.N, len(validation), len(train) // 2)
@@ -958,7 +959,7 @@ class Monitor:
         gan, config = self.gan, self.gan.run.config
         full = stage.done or stage.step % (stage.every * max(1, ROWS // 8)) == 0
         n = self.n if full else 64
-        if full and config.gan_loss == "relativistic" and not config.denoiser_kimg:
+        if full and self.contrast:
             self.contrast.fit(gan.average)
             gan.G.contrast.copy_(gan.average.contrast)  # or averaging would change it
         mine = processes.share(n)
@@ -1048,8 +1049,9 @@ def train_denoiser(run: Run):
         return
     real = RealMaps(run)
     require(run, "dcgan", config.gan_kimg)
-    denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config)).to(run.device)
-    denoiser.fit(real.code_map, real.counts)
+    denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config))
+    denoiser.fit(trained_vqvae(run).quantizer.codebook.cpu(), real.counts)
+    denoiser.to(run.device)
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
     muon = Muon(denoiser, DENOISER_LR, betas=(0.9, 0.99))
     parts = {"denoiser": denoiser, "average": average, "muon": muon}
@@ -1102,7 +1104,7 @@ def denoiser_step(denoiser: Denoiser, optimizer, real: RealMaps, stage: Stage) -
     cells = sent(corners[mine] + torch.arange(CROP_CELLS), run.device)  # (B, 2, 32)
     each = torch.arange(len(maps), device=run.device)[:, None, None]
     maps = maps[each, cells[:, 0, :, None], cells[:, 1, None, :]]  # (B, 32, 32)
-    noise = torch.randn((n, len(denoiser.mean), *maps.shape[1:]), generator=draw)[mine]
+    noise = torch.randn((n, denoiser.channels, *maps.shape[1:]), generator=draw)[mine]
     sigma = sigmas(torch.rand(n, generator=draw)[mine] ** TO_MOST)
     start = torch.randint(2, (2,), generator=draw).tolist()
     noise, sigma = sent(noise, run.device), sent(sigma, run.device)
@@ -1132,7 +1134,7 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     # A code that training never used has no place: it gets a wrong one, the same in each look.
     maps = torch.where(code_map.rank[maps] < 0, code_map.used[0], maps)
     draw = generator_of(stage.run.seed, DENOISE)
-    noise = torch.randn((len(rows), len(average.mean), *maps.shape[1:]), generator=draw)[mine]
+    noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)[mine]
     sigma = sigmas(torch.linspace(0, 1, len(rows)))[mine]
     parts = (part.split(32) for part in (maps, noise.to(maps.device), sigma.to(maps.device)))
     for part in zip(*parts, strict=True):

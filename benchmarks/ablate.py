@@ -374,13 +374,12 @@ PC1 = {"order": "pc1", **ONE}
 # BCE, BatchNorm in both networks, no slice level, no averaging, the original's learning rate
 BCE = {"gan_loss": "bce", "gan_beta1": 0.5, "gan_lr": (2e-4, 2e-4), "ema_kimg": 0.0}
 
-DENOISED = {"denoiser_kimg": Config.denoiser_kimg}
-
 ROWS = {
     "coordinates": Row("4 principal coordinates, nearest code"),
-    "coordinates-denoised": Row("the same, then the denoiser", DENOISED),
+    "coordinates-denoised": Row(
+        "the same, then the denoiser", {"denoiser_kimg": Config.denoiser_kimg}
+    ),
     "pc1": Row("one channel, PC-1 order, even bins", PC1),
-    "pc1-denoised": Row("the same, then a denoiser of that channel", PC1 | DENOISED),
     "quantiles": Row("one channel, PC-1 order, quantile bins", PC1, quantile_places),
     "kohonen": Row("one channel, Kohonen chain, even bins", PC1, kohonen_order),
     "salesman": Row("one channel, travelling-salesman order, even bins", PC1, salesman_order),

@@ -75,7 +75,7 @@ def generating(ax, y: float, brain: np.ndarray):
     box(ax, 172, y, 84, 56, "generator", GAN)
     picture(ax, 278, y, 92, quarter(brain), "coordinates\n64 × 64 × 4")
     box(ax, 378, y + 24, 72, 40, "denoiser", GAN)
-    box(ax, 378, y - 24, 72, 40, "nearest\ncode", CODES)
+    box(ax, 378, y - 24, 72, 40, "likeliest\ncode", CODES)
     arrow(ax, (378, y + 4), (378, y - 4))
     picture(ax, 478, y, 92, quarter(brain), "new index map", MAPS)
     box(ax, 634, y, 120, 56, "look up codes,\ndecode", DECODER)

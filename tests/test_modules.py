@@ -428,31 +428,50 @@ def test_samples_are_drawn_with_the_generators_contrast():
     assert torch.equal(maps, code_map.decode(u))
 
 
-def fitted(points, shares) -> Denoiser:
-    """Of codes 1, 3, 5 ... of as many places; the even ones were never used."""
+def fitted(points, shares) -> tuple[Denoiser, torch.Tensor]:
+    """Of codes 1, 3, 5 ... of as many places, 0 elsewhere; the even ones were never used.
+
+    And where they lie (U, C) float64: turned to principal axes, scaled as one.
+    """
     points, K = torch.as_tensor(points), 2 * len(points)
     used, counts = torch.arange(1, K, 2), torch.zeros(K).long()
     counts[used] = torch.tensor(shares)
-    denoiser = Denoiser(K, points.shape[1])
-    denoiser.fit(CodeMap(used, points, K), counts)
-    return denoiser
+    codebook = torch.full((K, 6), 7.0)
+    codebook[used] = F.pad(points, (0, 6 - points.shape[1]))
+    denoiser = Denoiser(K, 4)
+    denoiser.fit(codebook, counts)
+    return denoiser, denoiser.points[used].double()
 
 
 PLACES, SHARES = [[0.0, 1.0], [1.0, 0.0], [-2.0, 5.0], [0.1, 1.0]], [60, 25, 10, 5]
 
 
+def test_a_denoiser_sees_codes_at_their_principal_coordinates():
+    denoiser, places = fitted(PLACES, SHARES)
+    share, points = torch.tensor(SHARES).double() / 100, torch.tensor(PLACES).double()
+    assert places.shape == (4, 4) and places[:, 2:].abs().max() < 1e-6
+    assert (share @ places).abs().max() < 1e-6
+    assert (share @ places.square()).mean() == pytest.approx(1.0, rel=1e-6)
+    apart = torch.cdist(points, points)
+    scale = torch.cdist(places, places)[0, 1] / apart[0, 1]
+    assert (torch.cdist(places, places) - scale * apart).abs().max() < 1e-5
+    assert denoiser.points[::2].min() == Denoiser.FAR
+
+
+def test_a_denoiser_sees_what_a_code_map_of_coordinates_draws():
+    code_map, _, _ = some_code_map("coordinates")
+    denoiser, maps = some_denoiser(), code_map.used.view(1, 1, -1)
+    places = code_map.encode(maps) / denoiser.sd
+    assert (denoiser.places(maps) - places).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 4.0])
 def test_an_untrained_denoiser_knows_codes_without_neighbours(sigma):
     """Bayes: a cell's code by the codes' shares and by what the noise lets the cell say."""
-    denoiser, share = fitted(PLACES, SHARES), torch.tensor(SHARES).double() / 100
-    points = torch.tensor(PLACES).double()
-    mean = share @ points
-    sd = (share @ (points - mean).square()).mean().sqrt()
-    assert (denoiser.mean.flatten() - mean).abs().max() < 1e-5
-    assert denoiser.sd.item() == pytest.approx(sd.item(), rel=1e-5)
-    places = (points - mean) / sd
+    denoiser, places = fitted(PLACES, SHARES)
+    share = torch.tensor(SHARES).double() / 100
     ranks = torch.multinomial(share.float(), 3 * 8 * 12, replacement=True).view(3, 8, 12)
-    noise, sigma = torch.randn(3, 2, 8, 12), torch.full((3,), sigma)
+    noise, sigma = torch.randn(3, 4, 8, 12), torch.full((3,), sigma)
     x = places[ranks].permute(0, 3, 1, 2) + sigma[0] * noise
     near = (x.permute(0, 2, 3, 1)[..., None, :] - places).square().sum(-1)  # (3, 8, 12, 4)
     posterior = (share.log() - near / (2 * sigma[0] ** 2)).softmax(-1)
@@ -470,17 +489,18 @@ def test_an_untrained_denoiser_knows_codes_without_neighbours(sigma):
 )
 def test_restoring_follows_the_equation_of_codes_without_neighbours(most, steps, wrong):
     # On a line no cell overtakes another: each ends at the code of its own quantile.
-    denoiser = fitted([[-1.0], [0.5], [2.0]], [50, 30, 20])
+    denoiser, places = fitted([[-1.0], [0.5], [2.0]], [50, 30, 20])
     denoiser.FROM, denoiser.STEPS = most, steps
-    places, shares = denoiser.points[1::2, 0], torch.tensor([0.5, 0.3, 0.2])
-    ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 1, 64, 64)
-    noise = torch.randn(2, 1, 64, 64)
+    places, shares = places[:, 0], torch.tensor([0.5, 0.3, 0.2])
+    ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 64, 64)
+    noise = torch.randn(2, 4, 64, 64)
     with torch.no_grad():
-        u = denoiser.restore(places[ranks] * denoiser.sd + denoiser.mean, noise)
-    found = ((u - denoiser.mean) / denoiser.sd - places[:, None, None]).abs().argmin(1)
-    x = places[ranks] + most * noise
+        found = denoiser.restore(denoiser.places(2 * ranks + 1), noise)
+    x = places[ranks] + most * noise[:, 0]
     quantile = (shares * torch.special.ndtr((x[..., None] - places) / most)).sum(-1)
-    wanted = torch.bucketize(quantile, shares.cumsum(0)[:2])[:, 0]
+    if places[0] > places[2]:  # the sign of an axis means nothing
+        quantile = (shares * torch.special.ndtr((places - x[..., None]) / most)).sum(-1)
+    wanted = 2 * torch.bucketize(quantile, shares.cumsum(0)[:2]) + 1
     assert (found != wanted).float().mean() < wrong
 
 
@@ -494,11 +514,11 @@ def test_the_noise_of_restoring_is_white_and_follows_z():
     assert (grain[0] - grain[2]).std() < 0.02 < 1 < (grain[0] - grain[1]).std()
 
 
-def some_denoiser(order: str = "pc1") -> Denoiser:
+def some_denoiser() -> Denoiser:
     """As if trained: its network has a say."""
-    code_map, counts, _ = some_code_map(order)
-    denoiser = Denoiser(len(counts), code_map.points.shape[1]).eval()
-    denoiser.fit(code_map, counts)
+    _, counts, codebook = some_code_map()
+    denoiser = Denoiser(len(counts), 3).eval()
+    denoiser.fit(codebook, counts)
     with torch.no_grad():
         for layer in (denoiser.head, *(block.last for block in denoiser.blocks)):
             torch.nn.init.normal_(layer.weight, std=0.05)
@@ -507,7 +527,7 @@ def some_denoiser(order: str = "pc1") -> Denoiser:
 
 def test_a_denoised_cell_depends_on_its_neighbourhood_alone():
     # It learns from crops, so that what lies farther away on a whole map must not matter.
-    denoiser, sigma = some_denoiser("coordinates"), torch.tensor([0.5])
+    denoiser, sigma = some_denoiser(), torch.tensor([0.5])
     x = torch.randn(1, 3, 96, 16)
     other = x.clone()
     other[:, :, 64:] = 5.0
@@ -516,16 +536,20 @@ def test_a_denoised_cell_depends_on_its_neighbourhood_alone():
     assert apart[:24].max() < 1e-5 < 1e-3 < apart[60:64].max()
 
 
-def test_samples_go_through_the_denoiser():
-    code_map, _, _ = some_code_map()
+@pytest.mark.parametrize("order", ["raw", "pc1", "coordinates"])
+def test_samples_go_through_the_denoiser(order):
+    """Which sees coordinates: the generator's own, or those of the codes that it drew."""
+    code_map, _, _ = some_code_map(order)
     model, denoiser = VQVAE(codes=40).eval(), some_denoiser()
-    G = Generator(100, 8, 3, classic=False, bounded=True).eval()  # its copies are averaged
+    G = Generator(100, 8, 3, classic=False, bounded=order != "coordinates").eval()
     noise, level = noise_of(range(DRAW_BATCH), 100, 3, torch.linspace(0, 1, 32))
     maps, _ = draw(G, code_map, model, noise, level, denoiser=denoiser)
+    alone, _ = draw(G, code_map, model, noise, level)
     with torch.no_grad():
-        u = denoiser.restore(G(noise, level).mean(1, True), grain_of(noise, 1, 64, 64))
-    assert torch.equal(maps, code_map.decode(u))
-    assert not torch.equal(maps, draw(G, code_map, model, noise, level)[0])
+        u = G(noise, level) if order == "coordinates" else None
+        x = denoiser.places(alone) if u is None else u / denoiser.sd
+        restored = denoiser.restore(x, grain_of(noise, 3, 64, 64))
+    assert torch.equal(maps, restored) and not torch.equal(maps, alone)
 
 
 def test_what_a_sample_of_bins_is_spread_over_comes_before_the_denoiser():
@@ -535,8 +559,9 @@ def test_what_a_sample_of_bins_is_spread_over_comes_before_the_denoiser():
     noise, level = noise_of(range(DRAW_BATCH), 100, 3, torch.linspace(0, 1, 32))
     maps, _ = draw(G, code_map, model, noise, level, stretch=True, denoiser=denoiser)
     with torch.no_grad():
-        u = denoiser.restore(code_map.spread(G(noise, level)), grain_of(noise, 1, 64, 64))
-    assert torch.equal(maps, code_map.decode(u))
+        bins = code_map.decode(code_map.spread(G(noise, level)))
+        restored = denoiser.restore(denoiser.places(bins), grain_of(noise, 3, 64, 64))
+    assert torch.equal(maps, restored)
 
 
 @pytest.mark.parametrize("denoised", [False, True])

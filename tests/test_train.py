@@ -282,11 +282,13 @@ def test_samples_get_the_strength_of_detail_of_reconstructions(uninterrupted, mo
 
 @pytest.mark.parametrize("denoised", [False, True])
 def test_contrast_waits_for_the_denoiser_if_there_is_one(uninterrupted, monkeypatch, denoised):
-    gan = train.Gan(uninterrupted)
-    monitor, kept = train.Monitor(gan), []
+    gan, kept = train.Gan(uninterrupted), []
     config = replace(uninterrupted.config, denoiser_kimg=float(denoised))
     monkeypatch.setattr(gan, "run", replace(uninterrupted, config=config))
-    monitor.contrast.wanted = 1.0  # more than any sample has
+    monitor = train.Monitor(gan)
+    assert (monitor.contrast is None) == denoised
+    if not denoised:
+        monitor.contrast.wanted = 1.0  # more than any sample has
 
     class Last:
         done, step, every = True, 1, 1
