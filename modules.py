@@ -9,8 +9,8 @@ come from torch's global random state.
   GAN space     (B, C, h, w)  float32            what the DCGAN draws: unit variance or (-1,1)
 
 Dimensions: B batch, H W pixels, h w code-map cells, D code dimension, K codes, U used codes,
-N = B*h*w positions, A channels before the quantiser, C channels of GAN space, Z noise, L level
-features, E features of the strength of noise.
+N = B*h*w positions, A channels before the quantiser, C channels of GAN space or coordinates,
+Z noise, L level features, E features of the strength of noise.
 """
 
 import functools
@@ -669,12 +669,12 @@ class Denoiser(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def fit(self, codebook: Tensor, counts: Tensor):
-        """Take places and shares of codes from the codebook (K, D) and a histogram (K,)."""
-        code_map = CodeMap.fit(codebook, counts, "coordinates", self.channels)
+    def fit(self, code_map: CodeMap, counts: Tensor):
+        """Take places and shares of codes from a map of coordinates and a histogram (K,)."""
         used, points = code_map.used, code_map.points                     # (U,), (U, C)
         share = (counts[used] / counts.sum()).to(points)                  # (U,)
-        self.sd.copy_((share @ points.square()).mean().sqrt().clamp_min(1e-6))
+        variance = share @ points.square()                                # (C,), about 0
+        self.sd.copy_(variance.mean().sqrt().clamp_min(1e-6))
         self.points.fill_(self.FAR)
         self.points[used] = points / self.sd
         self.head.bias[used] = share.log()  # as if a cell had no neighbours
@@ -734,8 +734,8 @@ class Denoiser(nn.Module):
         arXiv:2211.01095, algorithm 2): D is taken to go on changing as it did in the step
         before, linearly in log sigma, and the equation of that D is solved exactly. Each cell
         ends as the most probable code.
-        noise: (n, C, h, w), white, of unit variance. Raises FloatingPointError if the weights
-        are not finite.
+        noise: (n, C, h, w), white, of unit variance. Raises FloatingPointError if x or
+        what the passes make of it is not finite.
         """
         x = x + self.FROM * noise
         rho = 3  # eq. 5 of Karras et al.

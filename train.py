@@ -1049,9 +1049,12 @@ def train_denoiser(run: Run):
         return
     real = RealMaps(run)
     require(run, "dcgan", config.gan_kimg)
-    denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config))
-    denoiser.fit(trained_vqvae(run).quantizer.codebook.cpu(), real.counts)
-    denoiser.to(run.device)
+    denoiser = seeded(run.seed, 3, lambda: modules.make_denoiser(config)).to(run.device)
+    code_map = real.code_map
+    if code_map.even:  # of bins; the denoiser sees coordinates
+        codebook = trained_vqvae(run).quantizer.codebook.cpu()
+        code_map = CodeMap.fit(codebook, real.counts, "coordinates", denoiser.channels)
+    denoiser.fit(code_map.to(run.device), real.counts.to(run.device))
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
     muon = Muon(denoiser, DENOISER_LR, betas=(0.9, 0.99))
     parts = {"denoiser": denoiser, "average": average, "muon": muon}

@@ -6,7 +6,7 @@
 
 RUN is the folder of a finished seed of preset `quick`: its VQ-VAE and index maps are shared by
 all rows. A row is a whole training of about 3 minutes on two cores (40,000 maps of the DCGAN;
-no denoiser, which would hide what a GAN draws, but in the rows that say so), scored as
+no denoiser, which would hide what a GAN draws, but in the row that says so), scored as
 `predict.py evaluate` does. Rows go to `ablation.csv` beside this file, their networks
 to `--out`, where a stopped row continues.
 """

@@ -235,7 +235,7 @@ def dcgan_plain(here: Inputs):
 
 def generate_here(here: Inputs):
     gan, denoiser = a_gan(here, here.config, fused=True), modules.make_denoiser(here.config)
-    denoiser.fit(gan.vqvae.quantizer.codebook, torch.ones(here.config.codes))
+    denoiser.fit(gan.code_map, torch.ones(here.config.codes))
     gan.G.eval()
     noise, level = gan.noise(0).repeat(2, 1), gan.levels.repeat(2)
     networks = gan.G, gan.code_map, gan.vqvae

@@ -74,9 +74,9 @@ def without_files() -> train.Gan:
         data=SimpleNamespace(train=slices()),
     )  # fmt: skip
     draw = torch.Generator().manual_seed(1)
-    gan.codebook = torch.randn(64, 64, generator=draw)
+    codebook = torch.randn(64, 64, generator=draw)
     gan.counts = torch.ones(64).long()
-    gan.code_map = modules.CodeMap.fit(gan.codebook, gan.counts, "coordinates", 4)
+    gan.code_map = modules.CodeMap.fit(codebook, gan.counts, "coordinates", 4)
     maps = torch.randint(64, (SLICES, 64, 64), generator=draw).short().numpy()
     gan.maps = train.Feed(maps, gan.run.device)
     gan.levels = torch.from_numpy(gan.run.data.train.levels)
@@ -120,7 +120,7 @@ def gan_steps() -> dict:
 def denoiser_steps() -> dict:
     gan = without_files()
     denoiser = train.seeded(0, 3, lambda: modules.make_denoiser(CONFIG))
-    denoiser.fit(gan.codebook, gan.counts)
+    denoiser.fit(gan.code_map, gan.counts)
     sgd, losses, before = torch.optim.SGD(denoiser.parameters(), lr=1e-2), [], None
     stage = SimpleNamespace(run=gan.run, batch_size=8, nimg=0, step=0)
     for stage.step in range(6):

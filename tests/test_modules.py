@@ -28,6 +28,7 @@ from modules import (
     gradient_penalty,
     grain_of,
     level_features,
+    make_denoiser,
     make_vqvae,
     noise_of,
     perplexity,
@@ -439,7 +440,7 @@ def fitted(points, shares) -> tuple[Denoiser, torch.Tensor]:
     codebook = torch.full((K, 6), 7.0)
     codebook[used] = F.pad(points, (0, 6 - points.shape[1]))
     denoiser = Denoiser(K, 4)
-    denoiser.fit(codebook, counts)
+    denoiser.fit(CodeMap.fit(codebook, counts, "coordinates", 4), counts)
     return denoiser, denoiser.points[used].double()
 
 
@@ -498,8 +499,6 @@ def test_restoring_follows_the_equation_of_codes_without_neighbours(most, steps,
         found = denoiser.restore(denoiser.places(2 * ranks + 1), noise)
     x = places[ranks] + most * noise[:, 0]
     quantile = (shares * torch.special.ndtr((x[..., None] - places) / most)).sum(-1)
-    if places[0] > places[2]:  # the sign of an axis means nothing
-        quantile = (shares * torch.special.ndtr((places - x[..., None]) / most)).sum(-1)
     wanted = 2 * torch.bucketize(quantile, shares.cumsum(0)[:2]) + 1
     assert (found != wanted).float().mean() < wrong
 
@@ -516,9 +515,9 @@ def test_the_noise_of_restoring_is_white_and_follows_z():
 
 def some_denoiser() -> Denoiser:
     """As if trained: its network has a say."""
-    _, counts, codebook = some_code_map()
+    code_map, counts, _ = some_code_map("coordinates")
     denoiser = Denoiser(len(counts), 3).eval()
-    denoiser.fit(codebook, counts)
+    denoiser.fit(code_map, counts)
     with torch.no_grad():
         for layer in (denoiser.head, *(block.last for block in denoiser.blocks)):
             torch.nn.init.normal_(layer.weight, std=0.05)
@@ -601,3 +600,5 @@ def test_config_makes_the_networks_it_describes():
     widths += [m.out_channels for m in model.decoder if isinstance(m, torch.nn.Conv2d)]
     assert widths == [8, 4, 6, 5, 1]
     assert sum(isinstance(m, ResidualBlock) for m in model.decoder) == 2
+    for drawn, seen in (({"map_channels": 3}, 3), ({"order": "pc1", "map_channels": 1}, 4)):
+        assert make_denoiser(Config(**drawn)).channels == seen

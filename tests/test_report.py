@@ -65,7 +65,7 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
         weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
     counts = torch.arange(16) * 10
     code_map = modules.CodeMap.fit(vqvae.quantizer.codebook, counts, CONFIG.order, 4)
-    denoiser.fit(vqvae.quantizer.codebook, counts)
+    denoiser.fit(code_map, counts)
     folder.mkdir(parents=True)
     runtime.write_json(folder / "metrics.json", result())
     runtime.write_json(folder / "config.json", {"config": CONFIG.to_dict()})
