@@ -283,6 +283,8 @@ def test_samples_get_the_strength_of_detail_of_reconstructions(uninterrupted, mo
 @pytest.mark.parametrize("denoised", [False, True])
 def test_contrast_waits_for_the_denoiser_if_there_is_one(uninterrupted, monkeypatch, denoised):
     gan, kept = train.Gan(uninterrupted), []
+    vqvae = train.last_vqvae(gan)  # its file is one of this run's settings
+    monkeypatch.setattr(train, "last_vqvae", lambda gan: vqvae)
     config = replace(uninterrupted.config, denoiser_kimg=float(denoised))
     monkeypatch.setattr(gan, "run", replace(uninterrupted, config=config))
     monitor = train.Monitor(gan)
