@@ -125,7 +125,8 @@ def _open_folder(config: Config) -> Data:
         {"file": printable(name), "reason": reason} for name, reason in skipped.items()
     ]
     kept = [item for item in items if item.name not in skipped]
-    counts = [count for count in table if not isinstance(count, str)]
+    pairs = zip(items, table, strict=True)
+    counts = [count for item, count in pairs if item.name not in skipped]
     report["split"], notes = assign_parts(kept, config)
     report["notes"] += notes
     columns = [i.subject for i in kept], [i.part or "" for i in kept], [i.series for i in kept]
