@@ -690,24 +690,25 @@ class Denoiser(nn.Module):
         y = self.blocks[4](self.up[0](y) + half, e)
         return F.silu(self.blocks[5](self.up[1](y) + full, e))
 
-    def logits(self, features: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """log p(code | x) but for a constant, (N, K) float32.
+    def factors(self, features: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Of cells (N, w + C + 2) and of codes (K, w + C + 2), float32.
 
-        Of cells that lie in the rows of features (N, w), x (N, C) and sigma (N, 1).
+        Their product (N, K) is log p(code | x) but for a constant, the logits. Cells lie in the
+        rows of features (N, w), x (N, C) and sigma (N, 1).
         """
         precision, one = 1 / sigma.square(), torch.ones_like(sigma)
         squares = self.points.square().sum(1, keepdim=True)               # (K, 1)
         seen = torch.cat([features.float(), one, x * precision, precision], 1)
         head = self.head.weight, self.head.bias[:, None]
-        return F.linear(seen, torch.cat([*head, self.points, squares / -2], 1))
+        return seen, torch.cat([*head, self.points, squares / -2], 1)
 
     def of_cells(self, x: Tensor, sigma: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
         """`rule` of the logits (N, K) of the cells of x (B, C, h, w): (B*h*w, ...)."""
         each = sigma.repeat_interleave(x.shape[2] * x.shape[3])[:, None]  # (B*h*w, 1)
-        rows = cells(self.features(x, sigma)), cells(x), each
+        features = cells(self.features(x, sigma))                         # (B*h*w, w)
         with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
-            parts = zip(*(part.split(1024) for part in rows), strict=True)
-            return torch.cat([rule(self.logits(*part)) for part in parts])
+            seen, keys = self.factors(features, cells(x), each)
+            return torch.cat([rule(F.linear(part, keys)) for part in seen.split(1024)])
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
@@ -805,7 +806,7 @@ def denoising_loss(
     features, codes = denoiser.features(x, sigma)[some], maps[some].flatten(1)
     with torch.autocast(x.device.type, enabled=False):
         each = sigma.repeat_interleave(codes.shape[1])[:, None]           # (N, 1)
-        logits = denoiser.logits(cells(features), cells(x[some]), each)   # (N, K)
+        logits = F.linear(*denoiser.factors(cells(features), cells(x[some]), each))
         surprise = F.cross_entropy(logits, codes.flatten(), reduction="none")
     return surprise.view_as(codes).mean(1)
 
@@ -877,7 +878,7 @@ def draw(
             u = code_map.spread(u)
         if denoiser is None:
             indices = code_map.decode(u)                                  # (16, h, w)
-        else:  # which sees coordinates, of bins those of their codes
+        else:  # it sees coordinates: of bins, those of the codes that they stand for
             bins = code_map.even
             x = denoiser.places(code_map.decode(u)) if bins else u / denoiser.sd
             with autocast or nullcontext():
