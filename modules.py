@@ -47,9 +47,9 @@ class UpsampleConv(nn.Conv2d):
 
     With nearest upsampling both are one convolution at the low resolution: an output pixel of
     parity (i, j) sees only 2x2 distinct inputs, so four small kernels (sums of the taps of the
-    3x3 kernel that fall on the same input) give four channels, which `pixel_shuffle`
-    interleaves. The same function, borders included, with 2.25 times fewer multiplications
-    and without the upsampled copy.
+    3x3 kernel that fall on the same input) give four times the channels, which are then
+    interleaved: as `pixel_shuffle` does, but in runs of 2 * out numbers. The same function,
+    borders included, with 2.25 times fewer multiplications and without the upsampled copy.
     """
 
     def __init__(self, in_channels: int, out_channels: int, upsampling: str):
@@ -64,9 +64,11 @@ class UpsampleConv(nn.Conv2d):
         if self.upsampling == "bilinear":
             up = F.interpolate(x, scale_factor=2, mode="bilinear")        # (B, in, 2H, 2W)
             return F.conv2d(up, self.weight, padding=1)                   # (B, out, 2H, 2W)
-        folded = torch.einsum("irt,jsu,octu->oijcrs", self.taps, self.taps, self.weight)
-        parities = F.conv2d(x, folded.flatten(0, 2), padding=1)           # (B, out*4, H, W)
-        return F.pixel_shuffle(parities, 2)                               # (B, out, 2H, 2W)
+        folded = torch.einsum("irt,jsu,octu->ijocrs", self.taps, self.taps, self.weight)
+        parities = cells(F.conv2d(x, folded.flatten(0, 2), padding=1))    # (B*H*W, 4*out)
+        B, _, H, W = x.shape
+        rows = parities.view(B, H, W, 2, -1).transpose(2, 3)              # (B, H, 2, W, 2*out)
+        return rows.reshape(B, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)      # (B, out, 2H, 2W)
 
 
 def make_encoder(full: int, half: int) -> nn.Sequential:
@@ -280,16 +282,27 @@ class VQVAE(nn.Module):
 
         quantize False: the plain autoencoder, whose decoder reads z itself.
         """
-        a = self.encoder(x.contiguous(memory_format=torch.channels_last)) # (B, A, h, w)
+        a = self.encoded(x)                                               # (B, A, h, w)
         if not quantize:
             return self.decoder(self.pre_vq(a)), None                     # (B, 1, H, W)
         with torch.autocast(x.device.type, enabled=False):  # codes differ by little: float32
             quantized = self.quantizer(a.float(), self.pre_vq, a.dtype)
         return self.decoder(quantized.embedding), quantized               # (B, 1, H, W)
 
+    def encoded(self, x: Tensor) -> Tensor:
+        """Images (B, 1, H, W) -> the encoder's output (B, A, H/4, W/4).
+
+        Of 0 it makes 0, since it has no biases. So on a CPU it looks only at the box outside of
+        which all images are 0 (on a GPU, to ask for that box would be to wait for it).
+        """
+        margins = blank_margins(x) if x.device.type == "cpu" else (0, 0, 0, 0)
+        inside = F.pad(x, [-4 * margin for margin in margins])
+        a = self.encoder(inside.contiguous(memory_format=torch.channels_last))
+        return F.pad(a, margins)
+
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) -> index maps (B, h, w) int64."""
-        a = self.encoder(x.contiguous(memory_format=torch.channels_last)) # (B, A, h, w)
+        a = self.encoded(x)                                               # (B, A, h, w)
         flat = cells(a.float())                                           # (N, A)
         if not torch.isfinite(flat).all():  # the argmin of NaN would be code 0, a fine picture
             raise FloatingPointError("the encoder's output is not finite")
@@ -307,6 +320,22 @@ class VQVAE(nn.Module):
         """The same, neither clipped nor checked: for training."""
         embedding = F.embedding(indices, self.quantizer.codebook)         # (B, h, w, D)
         return self.decoder(embedding.permute(0, 3, 1, 2)).float()        # (B, 1, 4h, 4w)
+
+
+@torch.no_grad()
+def blank_margins(x: Tensor) -> list[int]:
+    """Cells left, right, above and below that see only 0 in all images (B, 1, H, W).
+
+    A cell, 4x4 pixels, sees 3 pixels more on each side: 1 by the first convolution, 2 by the
+    second, at half the size.
+    """
+    seen = (x.amax((0, 1)) != 0) | (x.amin((0, 1)) != 0)                  # (H, W)
+    margins = []
+    for line in (seen.any(0), seen.any(1)):
+        where = line.nonzero().flatten().tolist() or [0, len(line) - 1]
+        blank = where[0], len(line) - 1 - where[-1]  # pixels before and after
+        margins += [max(0, pixels - 3) // 4 for pixels in blank]
+    return margins
 
 
 def make_vqvae(config: Config) -> VQVAE:

@@ -375,9 +375,14 @@ def reconstruction_loss(
     size = min(WINDOW, images.shape[-1])
     top, left = torch.randint(0, images.shape[-1] - size + 1, (2,), generator=crop).tolist()
     window = (..., slice(top, top + size), slice(left, left + size))
-    x, y = output[window], images[window]
-    detail = F.l1_loss(metrics.detail_strength(x), metrics.detail_strength(y))
-    return F.l1_loss(output, images) + 1 - metrics.ssim_core(x, y).mean() + DETAIL * detail
+    losses = metrics.in_micro_batches(window_loss, output[window], images[window])  # (B,)
+    return F.l1_loss(output, images) + losses.mean()
+
+
+def window_loss(x: Tensor, y: Tensor) -> Tensor:
+    """1 - SSIM and the difference in strength of detail, of each of (B, 1, H, W): (B,)."""
+    detail = metrics.detail_strength(x) - metrics.detail_strength(y)
+    return 1 - metrics.ssim_core(x, y) + DETAIL * detail.abs().flatten(1).mean(1)
 
 
 def data_variance(train: BrainSlices, config: Config) -> float:

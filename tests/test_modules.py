@@ -22,6 +22,7 @@ from modules import (
     ResidualBlock,
     UpsampleConv,
     architecture_rows,
+    blank_margins,
     denoising_loss,
     draw,
     generator_of,
@@ -197,6 +198,35 @@ def test_pooling_before_relu_is_relu_before_pooling():
     conv1, _, _, conv2 = [m for m in model.encoder][:4]
     plain = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(x)), 2))), 2)
     torch.testing.assert_close(model.encoder(x), plain)
+
+
+@pytest.mark.parametrize("rows", [(0, 64), (22, 41), (23, 42), (24, 43), (25, 44), (0, 1)])
+@pytest.mark.parametrize("columns", [(0, 64), (30, 31), (63, 64)])
+def test_the_encoder_of_the_box_is_that_of_the_whole_slice(rows, columns):
+    """To 1e-5, gradients to 1e-4; and there is no smaller box."""
+    torch.manual_seed(0)
+    model, x = VQVAE(), torch.zeros(3, 1, 64, 64)
+    x[..., slice(*rows), slice(*columns)] = 0.1 + torch.rand(
+        3, 1, rows[1] - rows[0], columns[1] - columns[0]
+    )
+    weights = list(model.encoder.parameters())
+    for sign in (1, -1):
+        whole, part = model.encoder(sign * x), model.encoded(sign * x)
+        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+        of_whole = torch.autograd.grad(whole.square().sum(), weights)
+        of_part = torch.autograd.grad(part.square().sum(), weights)
+        torch.testing.assert_close(of_part, of_whole, atol=1e-4, rtol=1e-4)
+
+    for weight in weights:
+        weight.data.abs_()  # what sees anything is then not 0
+    seen = model.encoder(x).amax((0, 1)) > 0
+    across, down = (seen.any(d).nonzero().flatten() for d in (0, 1))
+    box = [across[0], 15 - across[-1], down[0], 15 - down[-1]]
+    assert blank_margins(x) == box
+
+
+def test_slices_that_are_all_0_have_no_margins():
+    assert blank_margins(torch.zeros(2, 1, 64, 64)) == [0, 0, 0, 0]
 
 
 def test_encode_and_decode_are_the_forward_pass():
