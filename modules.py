@@ -67,8 +67,9 @@ class UpsampleConv(nn.Conv2d):
         folded = torch.einsum("irt,jsu,octu->ijocrs", self.taps, self.taps, self.weight)
         parities = cells(F.conv2d(x, folded.flatten(0, 2), padding=1))    # (B*H*W, 4*out)
         B, _, H, W = x.shape
-        rows = parities.view(B, H, W, 2, -1).transpose(2, 3)              # (B, H, 2, W, 2*out)
-        return rows.reshape(B, 2 * H, 2 * W, -1).permute(0, 3, 1, 2)      # (B, out, 2H, 2W)
+        out = self.out_channels
+        rows = parities.view(B, H, W, 2, 2 * out).transpose(2, 3)         # (B, H, 2, W, 2*out)
+        return rows.reshape(B, 2 * H, 2 * W, out).permute(0, 3, 1, 2)     # (B, out, 2H, 2W)
 
 
 def make_encoder(full: int, half: int) -> nn.Sequential:
@@ -295,7 +296,9 @@ class VQVAE(nn.Module):
         Of 0 it makes 0, since it has no biases. So on a CPU it looks only at the box outside of
         which all images are 0 (on a GPU, to ask for that box would be to wait for it).
         """
-        margins = blank_margins(x) if x.device.type == "cpu" else (0, 0, 0, 0)
+        if x.device.type != "cpu" or len(x) == 0:
+            return self.encoder(x.contiguous(memory_format=torch.channels_last))
+        margins = blank_margins(x)
         inside = F.pad(x, [-4 * margin for margin in margins])
         a = self.encoder(inside.contiguous(memory_format=torch.channels_last))
         return F.pad(a, margins)
@@ -326,8 +329,8 @@ class VQVAE(nn.Module):
 def blank_margins(x: Tensor) -> list[int]:
     """Cells left, right, above and below that see only 0 in all images (B, 1, H, W).
 
-    A cell, 4x4 pixels, sees 3 pixels more on each side: 1 by the first convolution, 2 by the
-    second, at half the size.
+    None where nothing is seen at all. H and W are multiples of 4. A cell, 4x4 pixels, sees 3
+    pixels more on each side: 1 by the first convolution, 2 by the second, at half the size.
     """
     seen = (x.amax((0, 1)) != 0) | (x.amin((0, 1)) != 0)                  # (H, W)
     margins = []
@@ -702,10 +705,10 @@ class Denoiser(nn.Module):
         """Take places and shares of codes from a map of coordinates and a histogram (K,)."""
         used, points = code_map.used, code_map.points                     # (U,), (U, C)
         share = (counts[used] / counts.sum()).to(points)                  # (U,)
-        variance = share @ points.square()                                # (C,), about 0
+        variance = share @ points.square()                                # (C,): the mean is 0
         self.sd.copy_(variance.mean().sqrt().clamp_min(1e-6))
         self.points.fill_(self.FAR)
-        self.points[used] = points / self.sd
+        self.points.index_copy_(0, used, points / self.sd)
         self.head.bias[used] = share.log()  # as if a cell had no neighbours
 
     def features(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -741,12 +744,12 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
-        places = F.pad(self.points, (0, 1), value=1.0).T.contiguous()     # (C + 1, K)
+        table = F.pad(self.points, (0, 1), value=1.0).T.contiguous()      # (C + 1, K)
 
         def mean(logits: Tensor) -> Tensor:
             # What is nearly impossible is at e^-80: below, a processor counts slowly.
             logits = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80)
-            sums = F.linear(logits.exp_(), places)  # of e by p(e | x), and of p(e | x)
+            sums = F.linear(logits.exp_(), table)  # of e by p(e | x), and of p(e | x)
             return sums[:, :-1] / sums[:, -1:]
 
         B, C, h, w = x.shape
@@ -765,7 +768,7 @@ class Denoiser(nn.Module):
         before, linearly in log sigma, and the equation of that D is solved exactly. Each cell
         ends as the most probable code.
         noise: (n, C, h, w), white, of unit variance. Raises FloatingPointError if x or
-        what the passes make of it is not finite.
+        what all passes but the last make of it is not finite.
         """
         x = x + self.FROM * noise
         rho = 3  # eq. 5 of Karras et al.
@@ -922,7 +925,7 @@ def draw(
 
 
 def architecture_rows(model: VQVAE) -> list[tuple[str, ...]]:
-    """One row per layer, as the README shows them, from a real pass through `model`."""
+    """One row per layer, as the README shows them, from a pass of nothing through `model`."""
     rows, hooks = [], []
 
     def shape(x: Tensor) -> str:

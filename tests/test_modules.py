@@ -206,9 +206,10 @@ def test_the_encoder_of_the_box_is_that_of_the_whole_slice(rows, columns):
     """To 1e-5, gradients to 1e-4; and there is no smaller box."""
     torch.manual_seed(0)
     model, x = VQVAE(), torch.zeros(3, 1, 64, 64)
-    x[..., slice(*rows), slice(*columns)] = 0.1 + torch.rand(
-        3, 1, rows[1] - rows[0], columns[1] - columns[0]
-    )
+    x[2, :, slice(*rows), slice(*columns)] = 1
+    x[1] = -x[2]
+    x[1, :, : rows[0] + 1] = 0  # a smaller box
+    x *= 0.1 + torch.rand(x.shape)
     weights = list(model.encoder.parameters())
     for sign in (1, -1):
         whole, part = model.encoder(sign * x), model.encoded(sign * x)
@@ -219,14 +220,21 @@ def test_the_encoder_of_the_box_is_that_of_the_whole_slice(rows, columns):
 
     for weight in weights:
         weight.data.abs_()  # what sees anything is then not 0
-    seen = model.encoder(x).amax((0, 1)) > 0
+    seen = model.encoder(x.abs()).amax((0, 1)) > 0
     across, down = (seen.any(d).nonzero().flatten() for d in (0, 1))
     box = [across[0], 15 - across[-1], down[0], 15 - down[-1]]
-    assert blank_margins(x) == box
+    assert blank_margins(x) == blank_margins(-x) == box
 
 
 def test_slices_that_are_all_0_have_no_margins():
     assert blank_margins(torch.zeros(2, 1, 64, 64)) == [0, 0, 0, 0]
+
+
+def test_no_slices_are_no_maps_and_no_images():
+    """What a process gets whose share of the last batch is empty."""
+    model = VQVAE()
+    maps = model.encode(torch.zeros(0, 1, 64, 64))
+    assert maps.shape == (0, 16, 16) and model.decode(maps).shape == (0, 1, 64, 64)
 
 
 def test_encode_and_decode_are_the_forward_pass():

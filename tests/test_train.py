@@ -303,6 +303,17 @@ def test_contrast_waits_for_the_denoiser_if_there_is_one(uninterrupted, monkeypa
     assert gan.G.contrast.item() == kept[0]
 
 
+def test_the_denoiser_of_one_ordered_channel_sees_coordinates(tmp_path):
+    config = replace(TINY, order="pc1", map_channels=1, decoder_kimg=0.0)
+    run = a_run(tmp_path / "run", some_data(), config=config)
+    train_all(run)
+    best = torch.load(run.path("denoiser_best.pt"), weights_only=True)["denoiser"]
+    codebook = train.trained_vqvae(run).quantizer.codebook
+    counts = train.RealMaps(run).counts
+    wanted = modules.CodeMap.fit(codebook, counts, "coordinates", Config.map_channels)
+    torch.testing.assert_close(best["points"][wanted.used] * best["sd"], wanted.points)
+
+
 def test_contrast_is_set_once_for_this_generator_and_denoiser(uninterrupted, monkeypatch):
     path = uninterrupted.path("denoiser_best.pt")
     before, values = path.read_bytes(), runtime.load_checkpoint(path)
