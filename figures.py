@@ -248,8 +248,10 @@ def nearest(
 
 
 def strip(images: Array, labels: Sequence[str] = (), stamp: str = "") -> Figure:
-    """One row: a sweep over slice levels, or an interpolation."""
-    return _stacks([Layer("", images)], stamp, labels, columns=len(images))
+    """A sweep over slice levels, or an interpolation: equal rows of at most 8."""
+    rows = math.ceil(len(images) / 8)
+    columns = math.ceil(len(images) / rows)
+    return _stacks([Layer("", images)], stamp, labels, columns)
 
 
 def side_by_side(rows: dict[str, Array], stamp: str = "") -> Figure:
@@ -261,7 +263,7 @@ def side_by_side(rows: dict[str, Array], stamp: str = "") -> Figure:
 def real_beside_generated(
     real: Array, reconstructed: Array, generated: Array, stamp: str = ""
 ) -> Figure:
-    """Three blocks of equally many slices at full size: judge quality with your own eyes."""
+    """Three blocks of slices of the same levels at full size: judge with your own eyes."""
     assert len(real) == len(reconstructed) == len(generated)
     columns = math.ceil(math.sqrt(len(real)))
     side = columns * (CELL_PX + GAP_PX) - GAP_PX

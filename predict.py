@@ -343,12 +343,14 @@ def save_figures(run: TrainedRun, data: Data, scorer: Scorer, result: dict, rows
     folder, stamp = run.folder / "figures", run.stamp
     folder.mkdir(exist_ok=True)
     used = len(run.code_map.used)
-    test = data.test.batch(np.linspace(0, len(data.test) - 1, 18).astype(int))
+    chosen = np.linspace(0, len(data.test) - 1, 18).astype(int)
+    test = data.test.batch(chosen)
     maps, outputs = run.reconstruct(test)
-    new_maps, new = run.sample(18)
-    real, back, drawn = (x[:, 0].numpy() for x in (test, outputs, new))
+    new_maps, new = run.sample(16)
+    of_levels = run.draw(run.noise(9)[0], torch.from_numpy(data.test.levels[chosen[::2]]))[1]
+    real, back, drawn, beside = (x[:, 0].numpy() for x in (test, outputs, new, of_levels))
     bank = parts_of(metrics.thumbnails, data.train)
-    distances, nearest = metrics.nearest(new[:16], bank, k=1)
+    distances, nearest = metrics.nearest(new, bank, k=1)
     neighbours = data.train.batch(nearest[:, 0])[:, 0].numpy()
     similarity = metrics.ssim(test[:8], outputs[:8]).tolist()
     counts = run.counts[run.code_map.used.cpu()].numpy()
@@ -363,14 +365,12 @@ def save_figures(run: TrainedRun, data: Data, scorer: Scorer, result: dict, rows
         "code_histogram": lambda: figures.code_histogram(
             counts, perplexity, run.config.codes, stamp
         ),
-        "generated": lambda: figures.generated(
-            run.ranks(new_maps[:16]), drawn[:16], used, stamp=stamp
-        ),
+        "generated": lambda: figures.generated(run.ranks(new_maps), drawn, used, stamp=stamp),
         "nearest_training": lambda: figures.nearest(
-            drawn[:16], neighbours, distances[:, 0].tolist(), stamp=stamp
+            drawn, neighbours, distances[:, 0].tolist(), stamp=stamp
         ),
         "real_beside_generated": lambda: figures.real_beside_generated(
-            real[::2], back[::2], drawn[:9], stamp
+            real[::2], back[::2], beside, stamp
         ),
         "overlap": lambda: draw_overlap(scorer, result, stamp),
         "memorisation": lambda: draw_memorisation(scorer, stamp),
@@ -470,7 +470,7 @@ def check_n(n: int, least: int):
 
 
 def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):
-    """strip.png, one row of at most 16 slices; walk.gif, all of them, there and back."""
+    """strip.png, at most 16 slices; walk.gif, all of them, there and back."""
     some = evenly(len(images), 16)
     row, chosen = images[some, 0].numpy(), [labels[i] for i in some]
     runtime.save_figure(folder / "strip.png", lambda: figures.strip(row, chosen, stamp))
