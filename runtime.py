@@ -625,7 +625,8 @@ def reading(path: Path) -> Iterator[None]:
         lacks = "it lacks " if isinstance(problem, KeyError) else ""
         reason = lacks + " ".join(str(problem).split())[:160]
         raise UserError(
-            Exit.CHECKPOINT, f"{path}: what it holds does not fit: {reason}"
+            Exit.CHECKPOINT,
+            f"{path}: what it holds does not fit (made by another version?): {reason}",
         ) from None
 
 
