@@ -151,10 +151,11 @@ def _per_image(core, x: Tensor, y: Tensor, smallest: int) -> Tensor:
     return in_micro_batches(core, x, y)
 
 
-def in_micro_batches(core, x: Tensor, y: Tensor) -> Tensor:
-    """core(x, y), a number per image (N,), on a few images at a time."""
-    n = MICRO_BATCH * (1 if x.device.type == "cpu" else 16)
-    return torch.cat([core(a, b) for a, b in zip(x.split(n), y.split(n), strict=True)])
+def in_micro_batches(core, *images: Tensor) -> Tensor:
+    """core(*images), a row per image (N, ...), on a few of the images (N,1,H,W) at a time."""
+    n = MICRO_BATCH * (1 if images[0].device.type == "cpu" else 16)
+    parts = zip(*(x.split(n) for x in images), strict=True)
+    return torch.cat([core(*part) for part in parts])
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -231,12 +232,12 @@ class RandomFeatures:
     def features(self, x: Tensor) -> Tensor:
         """(N,F) features of the image at half resolution: shape and contrast."""
         check_images(x)
-        return torch.cat([self._pooled(F.avg_pool2d(b, 2)) for b in x.split(MICRO_BATCH)])
+        return in_micro_batches(lambda part: self._pooled(F.avg_pool2d(part, 2)), x)
 
     def fine_features(self, x: Tensor) -> Tensor:
         """(N,F) features of the image minus its 5x5 mean, not reduced: grain and edges."""
         check_images(x)
-        return torch.cat([self._pooled(high_pass(b)) for b in x.split(MICRO_BATCH)])
+        return in_micro_batches(lambda part: self._pooled(high_pass(part)), x)
 
 
 def high_pass(x: Tensor) -> Tensor:

@@ -583,8 +583,8 @@ def test_samples_go_through_the_denoiser(order):
     maps, _ = draw(G, code_map, model, noise, level, denoiser=denoiser)
     alone, _ = draw(G, code_map, model, noise, level)
     with torch.no_grad():
-        u = G(noise, level) if order == "coordinates" else None
-        x = denoiser.places(alone) if u is None else u / denoiser.sd
+        own = order == "coordinates"
+        x = G(noise, level) / denoiser.sd if own else denoiser.places(alone)
         restored = denoiser.restore(x, grain_of(noise, 3, 64, 64))
     assert torch.equal(maps, restored) and not torch.equal(maps, alone)
 
