@@ -89,7 +89,8 @@ def make_decoder(
 ) -> nn.Sequential:
     """(B, D, h, w) -> (B, 1, 4h, 4w), without an output activation.
 
-    Residual blocks lie here alone: in the encoder, they make maps that are harder to learn.
+    Residual blocks are for decoders alone: in the encoder, they make maps that are harder to
+    learn.
     """
     return nn.Sequential(
         nn.Conv2d(dim, half, 3, padding=1, bias=False),
@@ -267,7 +268,6 @@ class VQVAE(nn.Module):
         codes: int = 512,
         dim: int = 64,
         widths: tuple[int, int, int, int] = (16, 8, 8, 16),
-        blocks: int = 0,
         upsampling: str = "nearest",
         codebook: str = "ema",
     ):
@@ -275,7 +275,7 @@ class VQVAE(nn.Module):
         self.encoder = make_encoder(*widths[:2])
         self.pre_vq = nn.Conv2d(widths[1], dim, 1)
         self.quantizer = Quantizer(codes, dim, codebook)
-        self.decoder = make_decoder(dim, *widths[2:], blocks, upsampling)
+        self.decoder = make_decoder(dim, *widths[2:], 0, upsampling)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Quantized | None]:
@@ -341,12 +341,12 @@ def blank_margins(x: Tensor) -> list[int]:
     return margins
 
 
-def make_vqvae(config: Config) -> VQVAE:
+def make_vqvae(config: Config, sharper: bool = False) -> VQVAE:
+    """At its start. sharper: with the larger decoder of stage 3."""
     model = VQVAE(
         config.codes,
         config.code_dim,
         config.widths,
-        config.residual_blocks,
         config.upsampling,
         config.codebook,
     )
@@ -354,6 +354,26 @@ def make_vqvae(config: Config) -> VQVAE:
     if config.codebook == "ema":
         model.apply(start_awake)
         model.decoder[-1].weight.data.mul_(0.1)  # dark pictures: the first steps raise filters
+    return widen_decoder(model, config) if sharper else model
+
+
+@torch.no_grad()
+def widen_decoder(model: VQVAE, config: Config) -> VQVAE:
+    """Give the model a larger decoder that draws the same, and so goes on from there.
+
+    After Chen et al. 2016 (Net2Net, arXiv:1511.05641): its further channels start at random,
+    but with weights of 0 in what reads them, and residual blocks add nothing at first.
+    """
+    widths = map(max, config.widths[2:], config.decoder_widths)
+    wide = make_decoder(config.code_dim, *widths, config.residual_blocks, config.upsampling)
+    wide.apply(start_awake)
+    wide.to(model.quantizer.codebook.device, memory_format=torch.channels_last)
+    old, new = ([m for m in d if isinstance(m, nn.Conv2d)] for d in (model.decoder, wide))
+    for small, large in zip(old, new, strict=True):
+        outs, ins = small.weight.shape[:2]
+        large.weight[:outs, ins:] = 0
+        large.weight[:outs, :ins] = small.weight
+    model.decoder = wide
     return model
 
 
@@ -364,8 +384,7 @@ def start_awake(module: nn.Module):
     Slices and the outputs of ReLU are nowhere negative and these convolutions have no bias: a
     filter of negative sum rests at 0 almost everywhere and seldom wakes. With random signs
     half of the 8 channels before the quantiser were lost, which ones being up to the seed.
-    A residual block adds nothing at first: eight that do, each with filters of positive sum,
-    make of a slice one a thousand times as bright, and the first steps kill the decoder.
+    A residual block adds nothing at first.
     """
     start_at_he(module)
     if isinstance(module, nn.Conv2d):

@@ -264,7 +264,7 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     exported = (folder / sharing.WEIGHTS).exists()
     parts = sharing.load(folder) if exported else load_checkpoints(folder, config, mine)
     networks = {
-        "vqvae": modules.make_vqvae(config),
+        "vqvae": modules.make_vqvae(config, sharper=config.decoder_kimg > 0),
         "generator": modules.make_generator(config),
         "denoiser": modules.make_denoiser(config) if config.denoiser_kimg else None,
     }

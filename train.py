@@ -54,7 +54,7 @@ PLAIN = 0.1  # share of the VQ-VAE's steps before its codebook starts from what 
 DETAIL = 2.0  # weight of the strength of detail in the reconstruction loss
 WINDOW = 128  # side, in pixels, of what SSIM and patches see of a slice in one step
 ADVERSARIAL = 0.1  # weight of the patches' verdict in the decoder's loss
-DECODER_LR, PATCH_LR, PATCH_GAMMA = 5e-4, 2e-3, 1e-4
+DECODER_LR, PATCH_LR, PATCH_GAMMA = 1e-3, 2e-3, 1e-4
 PATCH_NOISE = 0.005  # sd of the noise on what the discriminator of patches sees
 DECODER_HALF_LIFE = 1500  # of the average of the decoder's weights, in slices seen
 SSIM_ALIKE = 1.25  # a sharper decoder may have so much more of 1 - SSIM than stage 1's
@@ -463,7 +463,8 @@ def trained_vqvae(run: Run, stage: str = "vqvae", **given) -> VQVAE:
     given: further values that their checkpoint must match.
     """
     require(run, stage, getattr(run.config, f"{stage}_kimg"))
-    path, model = run.path(f"{stage}_best.pt"), modules.make_vqvae(run.config)
+    path = run.path(f"{stage}_best.pt")
+    model = modules.make_vqvae(run.config, sharper=stage == "decoder")
     values = runtime.load_checkpoint(path, stage=stage, **run.fingerprint(), **given)
     return runtime.load_weights(model, values.get("model"), path).to(run.device).eval()
 
@@ -638,15 +639,18 @@ class RealMaps:
 
 
 class Decoding:
-    """The decoder of stage 1 and its average, a discriminator of patches, their optimisers."""
+    """A larger decoder and its average, a discriminator of patches, their optimisers."""
 
     def __init__(self, run: Run, model: VQVAE):
-        self.model = model.requires_grad_(False)
+        """model: of stage 1, which the decoder starts as."""
+        config = run.config
+        self.model = seeded(run.seed, 5, lambda: modules.widen_decoder(model, config))
+        self.model.requires_grad_(False)
         self.model.decoder.requires_grad_(True)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.D = seeded(run.seed, 4, modules.PatchDiscriminator).to(run.device)
-        weights, betas = self.model.decoder.parameters(), (0.0, 0.99)
-        self.adam = torch.optim.Adam(weights, lr=DECODER_LR, betas=betas, fused=True)
+        betas = 0.0, 0.99
+        self.optimizer = make_optimizer(self.model.decoder, config.optimizer, DECODER_LR, betas)
         self.D_adam = torch.optim.Adam(
             self.D.parameters(), lr=PATCH_LR, betas=betas, fused=True
         )
@@ -654,12 +658,12 @@ class Decoding:
     def parts(self) -> dict:
         return {
             "decoder": self.model.decoder, "average": self.average.decoder, "D": self.D,
-            "adam": self.adam, "D_adam": self.D_adam,
+            "optimizer": self.optimizer, "D_adam": self.D_adam,
         }  # fmt: skip
 
 
 def train_decoder(run: Run):
-    """Train the decoder alone until `decoder_kimg`; `decoder_best.pt` is the whole VQ-VAE.
+    """Train a larger decoder until `decoder_kimg`; `decoder_best.pt` is the whole VQ-VAE.
 
     Maps stay as they are. The best guess of a detail by error is a blurred one; a discriminator
     of patches teaches what slices look like (as in VQGAN: Esser et al. 2021, arXiv:2012.09841,
@@ -678,7 +682,7 @@ def train_decoder(run: Run):
         measure_decoder(average, real, stage)
     while not stage.done:
         lr = stage.lr(DECODER_LR)
-        set_lr(lr, decoding.adam)
+        set_lr(lr, decoding.optimizer)
         set_lr(stage.lr(PATCH_LR), decoding.D_adam)
         values = decoder_step(decoding, real, slices, variance, stage)
         half_life = min(DECODER_HALF_LIFE, 0.1 * stage.nimg)
@@ -712,10 +716,10 @@ def decoder_step(
     values = judge_patches(decoding, images + noise[0], output + noise[1], stage)
     values["reconstruction"] = reconstruction_loss(output, images, config, variance, draw)
     values["loss"] = values["reconstruction"] + ADVERSARIAL * values["g_loss"]
-    decoding.adam.zero_grad(set_to_none=True)
+    decoding.optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
     processes.average_gradients(decoding.model.decoder, *values.values())
-    decoding.adam.step()
+    decoding.optimizer.step()
     return values
 
 

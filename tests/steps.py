@@ -86,7 +86,7 @@ def without_files() -> train.Gan:
 def decoder_steps() -> dict:
     gan, model = without_files(), train.seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
     decoding, losses = train.Decoding(gan.run, model), []
-    decoding.adam = torch.optim.SGD(model.decoder.parameters(), lr=1e-2)
+    decoding.optimizer = torch.optim.SGD(model.decoder.parameters(), lr=1e-2)
     decoding.D_adam = torch.optim.SGD(decoding.D.parameters(), lr=1e-2)
     images = train.Feed(gan.run.data.train.images, gan.run.device)
     before = floats("decoder", model.decoder) | floats("patches", decoding.D)

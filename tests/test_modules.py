@@ -36,6 +36,7 @@ from modules import (
     principal_coordinates,
     raise_contrast,
     relativistic_loss,
+    widen_decoder,
 )
 
 SEED_TABLE = """
@@ -620,6 +621,23 @@ def test_no_sample_depends_on_the_batch_it_was_drawn_in(denoised):
     assert torch.equal(alone[0], noise[17])
 
 
+@pytest.mark.parametrize("upsampling", ["nearest", "bilinear"])
+def test_a_widened_decoder_draws_the_same_and_all_of_it_can_learn(upsampling):
+    config = Config(codes=32, widths=(4, 4, 4, 6), upsampling=upsampling)
+    model, maps = make_vqvae(config), torch.randint(32, (2, 16, 16))
+    before = model.decode_raw(maps)
+    wide = widen_decoder(model, config)
+    now = wide.decode_raw(maps)
+    assert torch.allclose(now, before, rtol=0, atol=1e-6 * before.abs().max().item())
+    optimizer = torch.optim.SGD(wide.decoder.parameters(), lr=1e-3)
+    for _ in range(2):  # what adds nothing yet hides what lies before it from the first step
+        optimizer.zero_grad()
+        wide.decode_raw(maps).square().sum().backward()
+        optimizer.step()
+    for name, weight in wide.decoder.named_parameters():
+        assert weight.grad.flatten(1).any(1).all(), name  # every filter
+
+
 def test_generators_are_functions_of_their_path():
     def first(*path):
         return torch.rand(4, generator=generator_of(*path)).tolist()
@@ -630,13 +648,16 @@ def test_generators_are_functions_of_their_path():
 
 
 def test_config_makes_the_networks_it_describes():
-    config = Config(codes=32, code_dim=16, widths=(8, 4, 6, 5), residual_blocks=2)
+    config = Config(codes=32, code_dim=16, widths=(8, 4, 6, 5), decoder_widths=(9, 3))
     model = make_vqvae(config)
     assert model.quantizer.codebook.shape == (32, 16)
     assert model.encoder[0].out_channels == 8
     widths = [m.out_channels for m in model.encoder if isinstance(m, torch.nn.Conv2d)]
     widths += [m.out_channels for m in model.decoder if isinstance(m, torch.nn.Conv2d)]
     assert widths == [8, 4, 6, 5, 1]
-    assert sum(isinstance(m, ResidualBlock) for m in model.decoder) == 2
+    decoder = make_vqvae(config, sharper=True).decoder
+    widths = [m.out_channels for m in decoder if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [9, 5, 1]  # at least as many as before
+    assert sum(isinstance(m, ResidualBlock) for m in decoder) == config.residual_blocks == 2
     for drawn, seen in (({"map_channels": 3}, 3), ({"order": "pc1", "map_channels": 1}, 4)):
         assert make_denoiser(Config(**drawn)).channels == seen
