@@ -342,8 +342,9 @@ def train_gan(run: train.Run, base: predict.TrainedRun):
         train.train_dcgan(run)
         train.train_denoiser(run)
     trained = predict.load_run(run.folder)
-    stages = (run.path(f"{stage}_last.pt") for stage in trained.trained if stage != "vqvae")
-    seconds = sum(runtime.load_checkpoint(path)["seconds"] for path in stages)
+    stages = (stage for stage in ("dcgan", "denoiser") if stage in trained.trained)
+    paths = (run.path(f"{stage}_last.pt") for stage in stages)
+    seconds = sum(runtime.load_checkpoint(path)["seconds"] for path in paths)
     return trained, seconds, run.config.gan_kimg
 
 
@@ -407,7 +408,7 @@ ROWS = {
 
 
 def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed: int):
-    """A run whose VQ-VAE and index maps are those of `base`, and whose prior is not trained."""
+    """A run of the VQ-VAE, index maps and decoder of `base`, whose prior is not trained."""
     row = ROWS[name]
     config = replace(base.config, **ALONE | row.config)
     run = train.open_seed(folder, config, seed, data)
@@ -425,6 +426,10 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed:
     values |= {"used": used, "points": points}
     values["vqvae"] = runtime.checksum(run.path("vqvae_best.pt"))
     runtime.save_checkpoint(run.path("codes.pt"), values | (row.maps(run) if row.maps else {}))
+    mine |= {"codes": runtime.checksum(run.path("codes.pt"))}
+    for file in ("decoder_best.pt", "decoder_last.pt"):
+        values = runtime.load_checkpoint(base.folder / file) | mine
+        runtime.save_checkpoint(run.path(file), values)
     return run
 
 

@@ -238,7 +238,7 @@ def generate_here(here: Inputs):
     denoiser.fit(gan.code_map, torch.ones(here.config.codes))
     gan.G.eval()
     noise, level = gan.noise(0).repeat(2, 1), gan.levels.repeat(2)
-    networks = gan.G, gan.code_map, gan.vqvae
+    networks = gan.G, gan.code_map, modules.widen_decoder(gan.vqvae, here.config)
 
     def generate():  # as predict.py does
         autocast = runtime.autocast(noise.device, here.config.precision)
