@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     """Networks with random weights, as `load_run` gives them, and what a run leaves behind."""
-    vqvae, generator = modules.make_vqvae(CONFIG), modules.make_generator(CONFIG)
+    vqvae, generator = modules.make_vqvae(CONFIG, sharper=True), modules.make_generator(CONFIG)
     denoiser = modules.make_denoiser(CONFIG)
     draw = torch.Generator().manual_seed(0)
     for network in (vqvae, generator):
