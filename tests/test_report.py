@@ -30,6 +30,7 @@ SECTIONS = {
 CONFIG = Config(
     preset="smoke", codes=16, widths=(4, 4, 4, 4), gan_widths=(4, 4), subjects=(10, 2, 2),
     vqvae_kimg=1.0, gan_kimg=2.0, samples=64, cache="the cache", axis=2,
+    decoder_widths=(4, 4), residual_blocks=0,
 )  # fmt: skip
 
 
