@@ -275,7 +275,7 @@ class VQVAE(nn.Module):
         self.encoder = make_encoder(*widths[:2])
         self.pre_vq = nn.Conv2d(widths[1], dim, 1)
         self.quantizer = Quantizer(codes, dim, codebook)
-        self.decoder = make_decoder(dim, *widths[2:], 0, upsampling)
+        self.decoder = make_decoder(dim, *widths[2:], blocks=0, upsampling=upsampling)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Quantized | None]:

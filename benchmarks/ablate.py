@@ -413,9 +413,13 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed:
     config = replace(base.config, **ALONE | row.config)
     run = train.open_seed(folder, config, seed, data)
     mine = run.fingerprint()
-    for file in ("vqvae_best.pt", "vqvae_last.pt"):
-        values = runtime.load_checkpoint(base.folder / file) | mine
-        runtime.save_checkpoint(run.path(file), values)
+
+    def adopt(stage: str, **link):
+        for file in (f"{stage}_best.pt", f"{stage}_last.pt"):
+            values = runtime.load_checkpoint(base.folder / file) | mine | link
+            runtime.save_checkpoint(run.path(file), values)
+
+    adopt("vqvae")
     shutil.copyfile(base.folder / "codes.npy", run.path("codes.npy"))
     codebook = base.vqvae.quantizer.codebook.cpu()
     fitted = modules.CodeMap.fit(codebook, base.counts, config.order, config.map_channels)
@@ -426,10 +430,7 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed:
     values |= {"used": used, "points": points}
     values["vqvae"] = runtime.checksum(run.path("vqvae_best.pt"))
     runtime.save_checkpoint(run.path("codes.pt"), values | (row.maps(run) if row.maps else {}))
-    mine |= {"codes": runtime.checksum(run.path("codes.pt"))}
-    for file in ("decoder_best.pt", "decoder_last.pt"):
-        values = runtime.load_checkpoint(base.folder / file) | mine
-        runtime.save_checkpoint(run.path(file), values)
+    adopt("decoder", codes=runtime.checksum(run.path("codes.pt")))
     return run
 
 
