@@ -144,7 +144,7 @@ class Config:
     )
     batch_size: int = option(8, "slices per step", low=1, high=65536)
     vqvae_kimg: float = option(
-        15.0, "training length in thousands of slices seen", low=0.001, high=1e7
+        14.0, "training length in thousands of slices seen", low=0.001, high=1e7
     )
 
     # Sharper decoder (Isola et al. 2017, arXiv:1611.07004)
@@ -155,7 +155,7 @@ class Config:
         2, "residual blocks of it, on the 64x64 cells", low=0, high=64
     )
     decoder_kimg: float = option(
-        5.0,
+        4.0,
         "training length beside a discriminator of patches, in thousands of slices; 0: none",
         low=0,
         high=1e7,
@@ -195,7 +195,7 @@ class Config:
         32, "maps per step, and crops of the denoiser's", low=1, high=65536
     )
     gan_kimg: float = option(
-        66.0, "training length in thousands of maps seen", low=0.001, high=1e7
+        63.0, "training length in thousands of maps seen", low=0.001, high=1e7
     )
 
     stop_collapsed: bool = option(
@@ -206,7 +206,7 @@ class Config:
 
     # Denoiser (Karras et al. 2022, arXiv:2206.00364)
     denoiser_kimg: float = option(
-        42.0,
+        60.0,
         "training length in thousands of crops of 32x32 cells seen; 0: none",
         low=0,
         high=1e7,
@@ -264,7 +264,7 @@ PRESETS = {
         "denoiser_kimg": 1.0, "samples": 64,
     },
     "long": {
-        "vqvae_kimg": 27.0, "decoder_kimg": 12.0, "gan_kimg": 220.0, "denoiser_kimg": 180.0,
+        "vqvae_kimg": 27.0, "decoder_kimg": 8.0, "gan_kimg": 220.0, "denoiser_kimg": 200.0,
     },
     "full": {
         "vqvae_kimg": 400.0, "batch_size": 64, "decoder_widths": (64, 32),

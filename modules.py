@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import metrics
 from config import Config
 
 # --- VQ-VAE -------------------------------------------------------------------------------
@@ -413,8 +414,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, H, W), H and W multiples of 4 -> logits (B, H/4, W/4)."""
-        fine = x - F.avg_pool2d(x, 5, 1, 2)                               # (B, 1, H, W)
-        seen = torch.cat([2 * x, 10 * fine], 1)                           # (B, 2, H, W)
+        seen = torch.cat([2 * x, 10 * metrics.high_pass(x)], 1)           # (B, 2, H, W)
         return self.layers(seen.contiguous(memory_format=torch.channels_last))[:, 0]
 
 
@@ -425,6 +425,48 @@ def perplexity(counts: Tensor) -> float:
 
 
 # --- code map: index maps <-> GAN space ---------------------------------------------------
+
+MAP = (64, 64)  # cells of an index map
+
+
+class Frame(nn.Module):
+    """The box of cells that networks draw: outside of it all training maps are the same.
+
+    Most of a slice is background about the head. Where every map of the training split has one
+    and the same code nothing is to be learned, and a generated map has that code, too.
+    """
+
+    STEP, LEAST = 8, 32  # cells: sides are multiples, and not shorter than a denoiser's crop
+
+    def __init__(self, common: Tensor | None = None):
+        """common (h, w) int64: the code that all training maps have, -1 where they differ.
+
+        None: the box is all of a map.
+        """
+        super().__init__()
+        self.register_buffer("common", torch.full(MAP, -1) if common is None else common)
+        differs = self.common < 0                                         # (h, w)
+        self.rows, self.columns = (self.side(differs.any(axis)) for axis in (1, 0))
+        self.size = tuple(side.stop - side.start for side in (self.rows, self.columns))
+
+    def side(self, differs: Tensor) -> slice:
+        """The cells of one axis: those that differ (n,), and as many about them as are due."""
+        where, n = differs.nonzero().flatten().tolist() or [0], len(differs)
+        length = where[-1] + 1 - where[0]
+        length = min(n, max(self.LEAST, math.ceil(length / self.STEP) * self.STEP))
+        start = (where[0] + where[-1] + 1 - length) // 2
+        start = min(max(0, start), n - length)
+        return slice(start, start + length)
+
+    def inside(self, maps: Tensor) -> Tensor:
+        """The box of maps (B, h, w)."""
+        return maps[:, self.rows, self.columns]
+
+    def around(self, box: Tensor) -> Tensor:
+        """The inverse, for maps like those of the training split."""
+        maps = self.common.expand(len(box), -1, -1).clone()               # (B, h, w)
+        maps[:, self.rows, self.columns] = box
+        return maps
 
 
 class CodeMap(nn.Module):
@@ -438,9 +480,13 @@ class CodeMap(nn.Module):
     numbers codes at random); binning goes back.
     """
 
-    def __init__(self, used: Tensor, points: Tensor, codes: int):
-        """used (U,) int64: the used codes in their order; points (U, C): their places."""
+    def __init__(self, used: Tensor, points: Tensor, codes: int, frame: Frame | None = None):
+        """used (U,) int64: the used codes in their order; points (U, C): their places.
+
+        frame: what of a map is mapped, for those who crop before and fill up after.
+        """
         super().__init__()
+        self.frame = frame or Frame()
         rank = torch.full((codes,), -1)
         rank[used] = torch.arange(len(used))
         self.register_buffer("used", used)
@@ -552,8 +598,10 @@ def level_features(level: Tensor) -> Tensor:
 
 
 class Generator(nn.Module):
-    """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> 64x64.
+    """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> maps of `size`.
 
+    Of 64x64 as in the paper: 4x4, then twice as large four times. Else each layer draws what
+    half of the next needs, rounded up, and what is too much is cut off: 56x48 begins with 4x3.
     classic: as in the paper. Else the slice level's features stand beside the noise, and one
     more layer works at full size: in the paper's last layer 4x4 neighbouring cells are a linear
     function of few numbers, and borders between tissues stay soft.
@@ -562,35 +610,46 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self, noise_dim: int, width: int, channels: int, classic: bool, bounded: bool
+        self, noise_dim: int, width: int, channels: int, classic: bool, bounded: bool, size=MAP
     ):
         super().__init__()
         self.noise_dim, self.conditional = noise_dim, not classic
+        sizes = [size]
+        for _ in range(4):
+            sizes.insert(0, tuple(math.ceil(side / 2) for side in sizes[0]))
         ins = noise_dim + LEVEL_FEATURES * self.conditional
         widths = [8 * width, 4 * width, 2 * width, width] + [max(1, width // 2)] * (not classic)
         layers = []
         for i, out in enumerate(widths):
-            stride, padding = (1, 0) if i == 0 else (2, 1)
-            layers += [
-                nn.ConvTranspose2d(ins, out, 4, stride, padding, bias=False),
-                nn.BatchNorm2d(out),
-                nn.ReLU(),
-            ]
+            if i == 0:
+                up = nn.ConvTranspose2d(ins, out, sizes[0], bias=False)
+            else:
+                up = UpTo(ins, out, sizes[i], bias=False)
+            layers += [up, nn.BatchNorm2d(out), nn.ReLU()]
             ins = out
-        if classic:
-            last = nn.ConvTranspose2d(ins, channels, 4, 2, 1)
-        else:
-            last = nn.Conv2d(ins, channels, 3, padding=1)
+        last = UpTo(ins, channels, size) if classic else nn.Conv2d(ins, channels, 3, padding=1)
         self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
         self.register_buffer("contrast", torch.zeros(()))
         self.apply(start_at_002)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, noise: Tensor, level: Tensor) -> Tensor:
-        """noise (B, Z), level (B,) in [0,1] or NaN -> (B, C, 64, 64), bounded: in [-1, 1]."""
+        """noise (B, Z), level (B,) in [0,1] or NaN -> (B, C, h, w), bounded: in [-1, 1]."""
         if self.conditional:
             noise = torch.cat([noise, level_features(level)], 1)          # (B, Z + L)
-        return self.layers(noise[:, :, None, None])                       # (B, C, 64, 64)
+        return self.layers(noise[:, :, None, None])                       # (B, C, h, w)
+
+
+class UpTo(nn.ConvTranspose2d):
+    """The transposed convolution that doubles both sides, and the first `size` of its cells."""
+
+    def __init__(self, ins: int, outs: int, size: tuple[int, int], bias: bool = True):
+        super().__init__(ins, outs, 4, 2, 1, bias=bias)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = self.size
+        return super().forward(x)[:, :, :h, :w]                           # (B, outs, h, w)
 
 
 def raise_contrast(u: Tensor, gain: Tensor) -> Tensor:
@@ -599,14 +658,14 @@ def raise_contrast(u: Tensor, gain: Tensor) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """DCGAN discriminator, 64x64 -> one number (a logit).
+    """DCGAN discriminator, maps of `size`, sides multiples of 8 -> one number (a logit).
 
     batch_norm True: as in the paper. False: no normalisation (one sample's score, and the
     gradient penalty on it, must not depend on the others), and a projection on the slice level
     (Miyato and Koyama 2018, arXiv:1802.05637, eq. 3): one last layer per level feature.
     """
 
-    def __init__(self, width: int, channels: int, batch_norm: bool):
+    def __init__(self, width: int, channels: int, batch_norm: bool, size=MAP):
         super().__init__()
         self.conditional = not batch_norm
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -614,26 +673,28 @@ class Discriminator(nn.Module):
             layers.append(nn.Conv2d(ins, 2 * ins, 4, 2, 1, bias=not batch_norm))
             layers += [nn.BatchNorm2d(2 * ins)] * batch_norm + [nn.LeakyReLU(0.2)]
         outs = 1 + LEVEL_FEATURES * self.conditional
-        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, outs, 4))
+        left = tuple(side // 16 for side in size)  # cells, after four halvings
+        self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, outs, left))
         self.apply(start_at_002 if batch_norm else start_at_he)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, u: Tensor, level: Tensor) -> Tensor:
-        """u (B, C, 64, 64), level (B,) -> logits (B,)."""
+        """u (B, C, h, w), level (B,) -> logits (B,)."""
         scores = self.layers(u.contiguous(memory_format=torch.channels_last)).flatten(1)
         if not self.conditional:
             return scores[:, 0]                                           # (B,)
         return scores[:, 0] + (scores[:, 1:] * level_features(level)).sum(1)
 
 
-def make_generator(config: Config) -> Generator:
+def make_generator(config: Config, size=MAP) -> Generator:
     classic, bounded = config.gan_loss == "bce", config.order != "coordinates"
     width, channels = config.gan_widths[0], config.map_channels
-    return Generator(config.noise_dim, width, channels, classic, bounded)
+    return Generator(config.noise_dim, width, channels, classic, bounded, size)
 
 
-def make_discriminator(config: Config) -> Discriminator:
-    return Discriminator(config.gan_widths[1], config.map_channels, config.gan_loss == "bce")
+def make_discriminator(config: Config, size=MAP) -> Discriminator:
+    batch_norm = config.gan_loss == "bce"
+    return Discriminator(config.gan_widths[1], config.map_channels, batch_norm, size)
 
 
 def start_at_002(module: nn.Module):
@@ -853,11 +914,12 @@ def denoising_loss(
     512 codes for every cell would cost as much as the network.
     """
     x = denoiser.places(maps) + sigma[:, None, None, None] * noise        # (B, C, h, w)
-    some = (..., slice(start[0], None, 2), slice(start[1], None, 2))
-    features, codes = denoiser.features(x, sigma)[some], maps[some].flatten(1)
+    some = (slice(None), slice(start[0], None, 2), slice(start[1], None, 2))
+    features = denoiser.features(x, sigma).permute(0, 2, 3, 1)[some]      # (B, h/2, w/2, w)
+    codes, x = maps[some].flatten(1), x.permute(0, 2, 3, 1)[some]
     with torch.autocast(x.device.type, enabled=False):
         each = sigma.repeat_interleave(codes.shape[1])[:, None]           # (N, 1)
-        logits = F.linear(*denoiser.factors(cells(features), cells(x[some]), each))
+        logits = F.linear(*denoiser.factors(features.flatten(0, 2), x.flatten(0, 2), each))
         surprise = F.cross_entropy(logits, codes.flatten(), reduction="none")
     return surprise.view_as(codes).mean(1)
 
@@ -934,6 +996,7 @@ def draw(
             x = denoiser.places(code_map.decode(u)) if bins else u / denoiser.sd
             with autocast or nullcontext():
                 indices = denoiser.restore(x, grain_of(z, *x.shape[1:]))
+        indices = code_map.frame.around(indices)                          # (16, H/4, W/4)
         maps.append(indices[:n].cpu())
         if decode:
             images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)

@@ -263,9 +263,11 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
         raise UserError(Exit.CHECKPOINT, f"{folder / 'config.json'}: {problem}") from None
     exported = (folder / sharing.WEIGHTS).exists()
     parts = sharing.load(folder) if exported else load_checkpoints(folder, config, mine)
+    codes, file = parts["codes"], sharing.WEIGHTS if exported else "codes.pt"
+    code_map = code_map_of(codes, config, folder / file).to(where)
     networks = {
         "vqvae": modules.make_vqvae(config, sharper=config.decoder_kimg > 0),
-        "generator": modules.make_generator(config),
+        "generator": modules.make_generator(config, code_map.frame.size),
         "denoiser": modules.make_denoiser(config) if config.denoiser_kimg else None,
     }
     for name, network in networks.items():
@@ -274,9 +276,6 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
         file = sharing.WEIGHTS if exported else f"{best_of(config)[name]}.pt"
         runtime.load_weights(network, parts[name], folder / file)
         network.to(where).eval().requires_grad_(False)
-    codes = parts["codes"]
-    file = sharing.WEIGHTS if exported else "codes.pt"
-    code_map = code_map_of(codes, config, folder / file).to(where)
     return TrainedRun(
         folder, config, seed, saved["data"], stamp, where, **networks, code_map=code_map,
         levels=codes["levels"], counts=codes["counts"]["train"],

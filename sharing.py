@@ -22,7 +22,7 @@ from config import Config, Exit, UserError
 
 WEIGHTS, EXAMPLE = "model.safetensors", "example.png"
 FILES = {WEIGHTS, "config.json", "README.md", EXAMPLE}
-CODES = {"used", "points", "levels", "counts"}
+CODES = {"used", "points", "common", "levels", "counts"}
 HEIGHT_MM = 112  # between a head's lowest and highest slice: the mean of embedded subjects
 
 # --- a folder to share --------------------------------------------------------------------
@@ -56,6 +56,7 @@ def export(run, folder: Path):
 
 def states_of(run) -> dict[str, dict[str, Tensor]]:
     codes = {"used": run.code_map.used, "points": run.code_map.points}
+    codes |= {"common": run.code_map.frame.common}
     codes |= {"levels": run.levels, "counts": run.counts}
     states = {
         "vqvae": run.vqvae.state_dict(),

@@ -37,7 +37,7 @@ import modules
 import processes
 import runtime
 from dataset import BrainSlices, Data, evenly, open_data, unit_range
-from modules import VQVAE, CodeMap, Denoiser, generator_of
+from modules import VQVAE, CodeMap, Denoiser, Frame, generator_of
 from optimizers import Muon, make_optimizer
 
 COLUMNS = (
@@ -306,7 +306,7 @@ def train_vqvae(run: Run):
     parts = {"model": model, "optimizer": optimizer}
     stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
     plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
-    variance = data_variance(train, config)
+    variance, box = data_variance(train, config), box_of(train, config)
     slices = Feed(train.images, run.device)
     while not stage.done:
         if stage.step == plain and config.codebook == "ema":
@@ -314,7 +314,7 @@ def train_vqvae(run: Run):
         lr = stage.lr(config.lr)
         set_lr(lr, optimizer)
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
-        images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]])
+        images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]][box])
         quantize = stage.step >= plain
         values = vqvae_step(model, optimizer, images, variance, stage, quantize)
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
@@ -322,7 +322,7 @@ def train_vqvae(run: Run):
 
 
 def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str, Tensor]:
-    """One step on images (B, 1, 256, 256): eq. 3 of arXiv:1711.00937, and the codebook.
+    """One step on images (B, 1, H, W): eq. 3 of arXiv:1711.00937, and the codebook.
 
     images: this process's share of the batch; gradients and statistics are the whole batch's.
     quantize False: the plain autoencoder. At first z moves fast, and codes that follow it
@@ -372,9 +372,11 @@ def reconstruction_loss(
     """
     if config.reconstruction == "mse":
         return F.mse_loss(output, images) / variance
-    size = min(WINDOW, images.shape[-1])
-    top, left = torch.randint(0, images.shape[-1] - size + 1, (2,), generator=crop).tolist()
-    window = (..., slice(top, top + size), slice(left, left + size))
+    window = [...]
+    for side in images.shape[2:]:
+        start = torch.randint(max(1, side - WINDOW + 1), (), generator=crop).item()
+        window.append(slice(start, start + WINDOW))
+    window = tuple(window)
     losses = metrics.in_micro_batches(window_loss, output[window], images[window])  # (B,)
     return F.l1_loss(output, images) + losses.mean()
 
@@ -390,6 +392,21 @@ def data_variance(train: BrainSlices, config: Config) -> float:
     if config.reconstruction != "mse":
         return 1.0
     return max(train.batch(evenly(len(train), 512)).var().item(), 1e-6)
+
+
+def box_of(train: BrainSlices, config: Config) -> tuple:
+    """Index of what of slices (.., 256, 256) is trained on: about all heads, much is black.
+
+    Of 512 training slices, in whole cells of index maps. The original recipe takes all.
+    """
+    if config.reconstruction == "mse":
+        return (...,)
+    seen = torch.from_numpy(train.images[train.rows[evenly(len(train), 512)]].max(0))
+    pixels = seen.shape[-1] // modules.MAP[-1]  # to a cell
+    seen = F.max_pool2d(seen[None].float(), pixels)[0] > 0  # (64, 64)
+    frame = Frame(torch.where(seen, -1, 0))
+    sides = frame.rows, frame.columns
+    return (..., *(slice(pixels * side.start, pixels * side.stop) for side in sides))
 
 
 @torch.no_grad()
@@ -511,6 +528,7 @@ def write_code_map(model: VQVAE, run: Run, weights: int):
         "maps": runtime.checksum(run.path("codes.npy")),
         "used": code_map.used,
         "points": code_map.points,
+        "common": common_codes(maps, run),
     }
     values |= {"levels": level_table(run.data.train.levels)}
     runtime.save_checkpoint(run.path("codes.pt"), values)
@@ -580,6 +598,21 @@ def histogram(maps: np.ndarray, rows: np.ndarray, codes: int) -> Tensor:
     return torch.from_numpy(counts)
 
 
+def common_codes(maps: np.ndarray, run: Run) -> Tensor:
+    """The code that all training maps have at a cell, -1 where they differ: (64, 64) int64.
+
+    The original recipe draws whole maps: nowhere is one said to be common.
+    """
+    if run.config.gan_loss == "bce":
+        return modules.Frame().common
+    rows = run.data.train.rows
+    low = high = maps[rows[0]]
+    for part in np.array_split(rows, math.ceil(len(rows) / 1024)):
+        low = np.minimum(low, maps[part].min(0))
+        high = np.maximum(high, maps[part].max(0))
+    return torch.from_numpy(np.where(low == high, low.astype(np.int64), -1))
+
+
 def level_table(levels: np.ndarray) -> Tensor:
     """1,024 slice levels that are distributed as the training split's known ones; or none."""
     known = levels[np.isfinite(levels)]
@@ -592,7 +625,11 @@ def level_table(levels: np.ndarray) -> Tensor:
 def code_map_of(values: dict, config: Config, path: Path) -> CodeMap:
     """The code map of codes.pt. Raises UserError (exit 4) unless it fits the configuration."""
     with runtime.reading(path):
-        code_map = CodeMap(values["used"], values["points"], config.codes)
+        common = values["common"]
+        if common.shape != modules.MAP or not ((common >= -1) & (common < config.codes)).all():
+            raise ValueError("what its maps have in common are not codes")
+        frame = Frame(common)
+        code_map = CodeMap(values["used"], values["points"], config.codes, frame)
         U, levels = len(code_map.used), values["levels"]
         whole = U == (code_map.rank >= 0).sum() > 0
         counts = dict(values["counts"])["train"]
@@ -707,7 +744,8 @@ def decoder_step(
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
     rows = run.data.train.rows[chosen]
     maps, pixels = real.real_maps(rows), slices[rows]  # (B, h, w), (B, H, W) uint8
-    window, cells, inside = window_of(pixels, maps, margin_of(config), draw)
+    frame, margin = real.code_map.frame, margin_of(config)
+    window, cells, inside = window_of(pixels, maps, frame, margin, draw)
     images = unit_range(pixels[window])  # (B, 1, WINDOW, WINDOW)
     with runtime.autocast(run.device, config.precision):
         output = decoding.model.decode_raw(maps[cells])[inside]
@@ -723,16 +761,19 @@ def decoder_step(
     return values
 
 
-def window_of(images, maps, margin: int, draw: torch.Generator) -> tuple[tuple, tuple, tuple]:
+def window_of(
+    images, maps, frame: Frame, margin: int, draw: torch.Generator
+) -> tuple[tuple, tuple, tuple]:
     """A random window of whole cells, as indices of images (.., H, W), maps, decoded cells.
 
-    The cells are those of the window and `margin` more on each side, as far as there are any:
-    at a map's edge the decoder pads, as it does for whole maps.
+    It lies in the frame's box. The cells are those of the window and `margin` more on each
+    side, as far as there are any: at a map's edge the decoder pads, as it does for whole maps.
     """
     scale = images.shape[-1] // maps.shape[-1]  # pixels to a cell
     side = WINDOW // scale
     window, cells, inside = [...], [...], [...]
-    for start in torch.randint(0, maps.shape[-1] - side + 1, (2,), generator=draw).tolist():
+    for within in (frame.rows, frame.columns):
+        start = torch.randint(within.start, within.stop - side + 1, (), generator=draw).item()
         first = max(0, start - margin)
         cells.append(slice(first, start + side + margin))
         window.append(slice(scale * start, scale * start + WINDOW))
@@ -797,9 +838,10 @@ class Gan(RealMaps):
 
     def networks(self):
         """Both networks at their start, the average, the optimisers."""
-        run, config = self.run, self.run.config
-        self.G = seeded(run.seed, 1, lambda: modules.make_generator(config)).to(run.device)
-        self.D = seeded(run.seed, 2, lambda: modules.make_discriminator(config))
+        run, config, size = self.run, self.run.config, self.code_map.frame.size
+        self.G = seeded(run.seed, 1, lambda: modules.make_generator(config, size))
+        self.G.to(run.device)
+        self.D = seeded(run.seed, 2, lambda: modules.make_discriminator(config, size))
         self.D.to(run.device)
         processes.share_batch_norm(self.G)
         processes.share_batch_norm(self.D)
@@ -819,7 +861,7 @@ class Gan(RealMaps):
     # Of each batch, what is made below is this process's share.
 
     def real(self, nimg: int, step: int) -> tuple[Tensor, Tensor]:
-        """A batch of real maps (B, C, 64, 64) and their levels (B,).
+        """A batch of real maps (B, C, h, w), of their box, and their levels (B,).
 
         Binned values are jittered within their bins, or D could tell real maps by their values'
         lying on U exact numbers.
@@ -827,7 +869,8 @@ class Gan(RealMaps):
         run, config = self.run, self.run.config
         mine = processes.share(config.gan_batch_size)
         chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)[mine]
-        u = self.code_map.places(self.real_maps(run.data.train.rows[chosen]))
+        maps = self.code_map.frame.inside(self.real_maps(run.data.train.rows[chosen]))
+        u = self.code_map.places(maps)  # (B, C, h, w)
         if self.code_map.even:
             u = u.expand(-1, config.map_channels, -1, -1)
         if self.code_map.even and config.gan_loss == "relativistic":
@@ -865,7 +908,7 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
     config, device = gan.run.config, gan.run.device
     real, level = gan.real(nimg, step)
     with runtime.autocast(device, config.precision):
-        fake = gan.G(gan.noise(step), level)  # (B, C, 64, 64)
+        fake = gan.G(gan.noise(step), level)  # (B, C, h, w)
     d_loss, real_score, penalties = discriminator_loss(
         gan, real, fake.detach().float(), level, step
     )
@@ -1093,7 +1136,8 @@ def add_contrast(real: RealMaps):
     if processes.first(lambda: read().get("dcgan") == link):
         return
     values = read()
-    generator, denoiser = modules.make_generator(run.config), modules.make_denoiser(run.config)
+    generator = modules.make_generator(run.config, real.code_map.frame.size)
+    denoiser = modules.make_denoiser(run.config)
     theirs = runtime.load_checkpoint(paths[1], stage="dcgan", **made_with)
     for network, state, path in (
         (denoiser, values.get("denoiser"), paths[0]),
@@ -1111,8 +1155,10 @@ def denoiser_step(denoiser: Denoiser, optimizer, real: RealMaps, stage: Stage) -
     run, config, n = stage.run, stage.run.config, stage.batch_size
     mine, draw = processes.share(n), generator_of(stage.run.seed, DENOISE, stage.step)
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
-    maps = real.real_maps(run.data.train.rows[chosen])  # (B, h, w)
-    corners = torch.randint(maps.shape[-1] - CROP_CELLS + 1, (n, 2, 1), generator=draw)
+    frame = real.code_map.frame
+    maps = frame.inside(real.real_maps(run.data.train.rows[chosen]))  # (B, h, w)
+    places = torch.tensor(frame.size) - CROP_CELLS + 1
+    corners = (torch.rand((n, 2), generator=draw) * places).long()[..., None]  # (n, 2, 1)
     cells = sent(corners[mine] + torch.arange(CROP_CELLS), run.device)  # (B, 2, 32)
     each = torch.arange(len(maps), device=run.device)[:, None, None]
     maps = maps[each, cells[:, 0, :, None], cells[:, 1, None, :]]  # (B, 32, 32)
@@ -1136,13 +1182,14 @@ def sigmas(share: Tensor) -> Tensor:
 
 @torch.no_grad()
 def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
-    """Loss on whole validation maps, ten times in a training; keeps the best weights."""
+    """Loss on the box of validation maps, ten times in a training; keeps the best weights."""
     if not (stage.done or stage.step % (stage.every * max(1, ROWS // 10)) == 0):
         return {}
     validation = stage.run.data.validation
     rows = evenly(len(validation), 64)
     mine, losses = processes.share(len(rows)), []
-    maps, code_map = real.real_maps(validation.rows[rows[mine]]), real.code_map
+    code_map = real.code_map
+    maps = code_map.frame.inside(real.real_maps(validation.rows[rows[mine]]))
     # A code that training never used has no place: it gets a wrong one, the same in each look.
     maps = torch.where(code_map.rank[maps] < 0, code_map.used[0], maps)
     draw = generator_of(stage.run.seed, DENOISE)

@@ -152,8 +152,9 @@ class SoftGenerator(modules.Generator):
     The last layer is 1x1: a 3x3 one to 512 channels would be eight times the whole rest.
     """
 
-    def __init__(self, config: Config, points: Tensor):
-        super().__init__(config.noise_dim, config.gan_widths[0], len(points), False, False)
+    def __init__(self, config: Config, points: Tensor, size=modules.MAP):
+        width, channels = config.gan_widths[0], len(points)
+        super().__init__(config.noise_dim, width, channels, False, False, size)
         last = self.layers[-1]
         self.layers[-1] = nn.Conv2d(last.in_channels, len(points), 1)
         self.layers[-1].apply(modules.start_at_he)
@@ -171,7 +172,11 @@ class SoftGenerator(modules.Generator):
 
 def logits(run: train.Run):
     points = runtime.load_checkpoint(run.path("codes.pt"))["points"]
-    return [(modules, "make_generator", lambda config: SoftGenerator(config, points))]
+
+    def make(config: Config, size) -> SoftGenerator:
+        return SoftGenerator(config, points, size)
+
+    return [(modules, "make_generator", make)]
 
 
 class AugmentedDiscriminator(modules.Discriminator):
@@ -212,6 +217,7 @@ def write_pixels(run: train.Run) -> dict:
     counts = train.histogram(maps, run.data.train.rows, run.config.codes)
     return {
         "used": torch.arange(256), "points": modules.even_middles(256),
+        "common": train.common_codes(maps, run),
         "counts": {"train": counts}, "maps": runtime.checksum(run.path("codes.npy")),
     }  # fmt: skip
 
@@ -427,7 +433,8 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed:
     if row.order:
         used, points = row.order(fitted, codebook, base.counts)
     values = runtime.load_checkpoint(base.folder / "codes.pt") | mine
-    values |= {"used": used, "points": points}
+    maps = np.load(run.path("codes.npy"), mmap_mode="r")
+    values |= {"used": used, "points": points, "common": train.common_codes(maps, run)}
     values["vqvae"] = runtime.checksum(run.path("vqvae_best.pt"))
     runtime.save_checkpoint(run.path("codes.pt"), values | (row.maps(run) if row.maps else {}))
     adopt("decoder", codes=runtime.checksum(run.path("codes.pt")))

@@ -16,11 +16,13 @@ from modules import (
     CodeMap,
     Denoiser,
     Discriminator,
+    Frame,
     Generator,
     PatchDiscriminator,
     Quantizer,
     ResidualBlock,
     UpsampleConv,
+    UpTo,
     architecture_rows,
     blank_margins,
     denoising_loss,
@@ -399,16 +401,58 @@ def test_coordinates_of_any_number_lead_back_to_the_index(dim, channels):
     assert torch.equal(code_map.decode(u), maps)
 
 
+@pytest.mark.parametrize(
+    "rows, columns, box",
+    [
+        ((5, 58), (10, 54), (slice(3, 59), slice(8, 56))),
+        ((0, 3), (61, 64), (slice(0, 32), slice(32, 64))),  # no shorter than a crop
+        ((2, 63), (20, 52), (slice(0, 64), slice(20, 52))),
+        ((7, 7), (7, 7), (slice(0, 32), slice(0, 32))),  # all maps are one map
+    ],
+)
+def test_a_frame_is_the_box_of_what_differs(rows, columns, box):
+    common = torch.full((64, 64), 7)
+    common[slice(*rows), slice(*columns)] = -1
+    frame = Frame(common)
+    assert (frame.rows, frame.columns) == box
+    maps = torch.randint(16, (3, 64, 64))
+    maps = torch.where(common < 0, maps, common)
+    inside = frame.inside(maps)
+    assert inside.shape[1:] == frame.size
+    assert torch.equal(frame.around(inside), maps)
+
+
+def test_without_a_frame_a_map_is_drawn_whole():
+    maps = torch.randint(16, (3, 64, 64))
+    assert torch.equal(Frame().inside(maps), maps) and torch.equal(Frame().around(maps), maps)
+
+
 # --- DCGAN --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [(64, 64), (56, 48), (40, 32)])
 @pytest.mark.parametrize("batch_norm", [True, False])
-def test_dcgan_shapes(batch_norm):
-    G = Generator(100, 8, 3, classic=batch_norm, bounded=True)
-    D = Discriminator(8, 3, batch_norm)
-    u = G(torch.randn(4, 100), torch.rand(4))
-    assert u.shape == (4, 3, 64, 64) and u.abs().max() <= 1
-    assert D(u, torch.rand(4)).shape == (4,)
+def test_dcgan_shapes(batch_norm, size):
+    G = Generator(100, 8, 3, batch_norm, True, size)
+    D = Discriminator(8, 3, batch_norm, size)
+    noise, level = torch.randn(4, 100, requires_grad=True), torch.rand(4)
+    u = G(noise, level)
+    assert u.shape == (4, 3, *size) and u.abs().max() <= 1
+    edges = torch.cat([u[..., 0], u[..., -1], u[..., 0, :], u[..., -1, :]], 2)
+    edges.std((0, 1)).sum().backward()  # all of the rim is drawn, and is seen
+    assert noise.grad.any() and edges.std((0, 1)).min() > 0
+    v = u.detach().requires_grad_()
+    scores = D(v, level)
+    assert scores.shape == (4,)
+    scores.sum().backward()
+    assert (v.grad.abs().amax((0, 1)) > 0).all()
+
+
+def test_a_layer_of_the_generator_is_the_first_cells_of_the_whole():
+    up = UpTo(3, 2, (7, 6))
+    whole, x = torch.nn.ConvTranspose2d(3, 2, 4, 2, 1), torch.randn(2, 3, 4, 3)
+    whole.load_state_dict(up.state_dict())
+    torch.testing.assert_close(up(x), whole(x)[:, :, :7, :6])
 
 
 def test_the_original_generator_has_the_papers_widths():
@@ -453,6 +497,22 @@ def test_contrast_leaves_what_is_flat_and_raises_what_is_not():
     corner = u[0, 0, :2, :2]
     expected = corner[0, 0] + 0.4 * (corner[0, 0] - corner.mean())
     assert raised[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_what_all_maps_share_lies_about_a_drawn_box():
+    code_map, _, _ = some_code_map("coordinates")
+    common = torch.full((64, 64), 11)
+    common[3:50, 9:40] = -1
+    code_map.frame = Frame(common)
+    G = Generator(100, 8, 3, False, False, code_map.frame.size).eval()
+    given = noise_of(range(2), 100, 3, torch.linspace(0, 1, 32))
+    maps, images = draw(G, code_map, VQVAE(codes=40).eval(), *given)
+    assert images.shape == (2, 1, 256, 256)
+    with torch.no_grad():
+        box = code_map.decode(G(*(F.pad(x, [0, 0] * (x.ndim - 1) + [0, 14]) for x in given)))
+    assert torch.equal(code_map.frame.inside(maps), box[:2])
+    maps[:, code_map.frame.rows, code_map.frame.columns] = 11
+    assert (maps == 11).all()
 
 
 def test_samples_are_drawn_with_the_generators_contrast():

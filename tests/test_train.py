@@ -517,16 +517,45 @@ def test_patches_are_told_apart_and_the_decoder_hears_what_they_lack(uninterrupt
     assert (lacking * asked).sum() > 0.1 * lacking.norm() * asked.norm()
 
 
-def test_windows_lie_everywhere_and_are_decoded_as_in_the_whole():
+def test_windows_lie_everywhere_in_the_box_and_are_decoded_as_in_the_whole():
     model = modules.make_vqvae(TINY, sharper=True).eval()
-    maps = torch.randint(16, (2, 64, 64))
+    maps, common = torch.randint(16, (2, 64, 64)), torch.zeros(64, 64).long()
+    common[:, 16:56] = -1
     whole, draw, starts = model.decode_raw(maps), torch.Generator().manual_seed(0), set()
+    frame, margin = modules.Frame(common), train.margin_of(TINY)
     for _ in range(200):
-        window, cells, inside = train.window_of(whole, maps, train.margin_of(TINY), draw)
-        starts.add(window[1].start)
+        window, cells, inside = train.window_of(whole, maps, frame, margin, draw)
+        starts.add((window[1].start, window[2].start))
         found = model.decode_raw(maps[cells])[inside]
         assert torch.allclose(found, whole[window], atol=1e-6 * whole.abs().max().item())
-    assert starts == set(range(0, 129, 4))
+    assert {top for top, _ in starts} == set(range(0, 129, 4))
+    assert {left for _, left in starts} == set(range(64, 97, 4))
+
+
+def test_what_all_training_maps_share_is_found_and_no_other_map_counts(uninterrupted):
+    maps = np.full((len(uninterrupted.data.images), 64, 64), 5, np.uint16)
+    train_rows = uninterrupted.data.train.rows
+    others = np.setdiff1d(np.arange(len(maps)), train_rows)
+    maps[:, 3, 4] = 9  # in all, and another code than elsewhere
+    maps[train_rows[-1], 20, 30] = maps[train_rows[0], 21, 31] = 65534
+    maps[others, 50, 50] = 7
+    expected = torch.full((64, 64), 5)
+    expected[3, 4], expected[20, 30], expected[21, 31] = 9, -1, -1
+    assert torch.equal(train.common_codes(maps, uninterrupted), expected)
+    whole = replace(uninterrupted, config=replace(TINY, gan_loss="bce"))
+    assert (train.common_codes(maps, whole) == -1).all()
+
+
+def test_slices_are_trained_on_where_heads_are(uninterrupted):
+    images = np.zeros((10, 256, 256), np.uint8)
+    images[3, 40, 90] = images[4, 209, 60] = 1  # cells 10 to 52, and 15 to 22
+    images[7] = 255  # of no training slice
+    some = BrainSlices(images, range(5), ["s"] * 5, [np.nan] * 5)
+    _, down, across = train.box_of(some, TINY)
+    assert (down, across) == (slice(28, 220), slice(12, 140))
+    assert train.box_of(some, replace(TINY, reconstruction="mse")) == (...,)
+    images[4, 0, 255] = 1
+    assert train.box_of(some, TINY)[1:] == (slice(0, 224), slice(32, 256))
 
 
 def test_what_lies_about_a_window_does_not_reach_it():
