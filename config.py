@@ -264,7 +264,7 @@ PRESETS = {
         "denoiser_kimg": 1.0, "samples": 64,
     },
     "long": {
-        "vqvae_kimg": 27.0, "decoder_kimg": 8.0, "gan_kimg": 220.0, "denoiser_kimg": 200.0,
+        "vqvae_kimg": 27.0, "decoder_kimg": 8.0, "gan_kimg": 210.0, "denoiser_kimg": 190.0,
     },
     "full": {
         "vqvae_kimg": 400.0, "batch_size": 64, "decoder_widths": (64, 32),

@@ -61,7 +61,7 @@ class BrainSlices(torch.utils.data.Dataset):
 
 
 def unit_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 (B,256,256) -> float32 (B,1,256,256) in [0,1]."""
+    """uint8 (B,H,W) -> float32 (B,1,H,W) in [0,1]."""
     return pixels.unsqueeze(1).float().div_(255)
 
 

@@ -4,9 +4,10 @@ Pure: tensors in, tensors out. No files, no devices, no surprises in `forward`: 
 returns its statistics, and whoever trains it calls `update`. Only the networks' first weights
 come from torch's global random state.
 
-  images        (B, 1, H, W)  float32 [0,1]      H = W = 256
+  images        (B, 1, H, W)  float32 [0,1]      H = W = 256, or a part of it
   index maps    (B, h, w)     int64 0..K-1       h = w = 64
-  GAN space     (B, C, h, w)  float32            what the DCGAN draws: unit variance or (-1,1)
+  GAN space     (B, C, h, w)  float32            what the DCGAN draws: unit variance or (-1,1),
+                                                 of the maps' box
 
 Dimensions: B batch, H W pixels, h w code-map cells, D code dimension, K codes, U used codes,
 N = B*h*w positions, A channels before the quantiser, C channels of GAN space or coordinates,
@@ -427,16 +428,28 @@ def perplexity(counts: Tensor) -> float:
 # --- code map: index maps <-> GAN space ---------------------------------------------------
 
 MAP = (64, 64)  # cells of an index map
+STEP, LEAST = 8, 32  # cells: a box's sides are multiples, and hold a window and a crop
 
 
-class Frame(nn.Module):
+def sides_about(cells: Tensor) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box about these cells (h, w) that networks can take."""
+    sides = []
+    for line in (cells.any(1), cells.any(0)):
+        where, n = line.nonzero().flatten().tolist() or [0], len(line)
+        length = where[-1] + 1 - where[0]
+        length = min(n, max(LEAST, math.ceil(length / STEP) * STEP))
+        start = (where[0] + where[-1] + 1 - length) // 2
+        start = min(max(0, start), n - length)
+        sides.append(slice(start, start + length))
+    return tuple(sides)
+
+
+class Box(nn.Module):
     """The box of cells that networks draw: outside of it all training maps are the same.
 
-    Most of a slice is background about the head. Where every map of the training split has one
+    Much of a slice is background about the head. Where every map of the training split has one
     and the same code nothing is to be learned, and a generated map has that code, too.
     """
-
-    STEP, LEAST = 8, 32  # cells: sides are multiples, and not shorter than a denoiser's crop
 
     def __init__(self, common: Tensor | None = None):
         """common (h, w) int64: the code that all training maps have, -1 where they differ.
@@ -445,18 +458,8 @@ class Frame(nn.Module):
         """
         super().__init__()
         self.register_buffer("common", torch.full(MAP, -1) if common is None else common)
-        differs = self.common < 0                                         # (h, w)
-        self.rows, self.columns = (self.side(differs.any(axis)) for axis in (1, 0))
+        self.rows, self.columns = sides_about(self.common < 0)
         self.size = tuple(side.stop - side.start for side in (self.rows, self.columns))
-
-    def side(self, differs: Tensor) -> slice:
-        """The cells of one axis: those that differ (n,), and as many about them as are due."""
-        where, n = differs.nonzero().flatten().tolist() or [0], len(differs)
-        length = where[-1] + 1 - where[0]
-        length = min(n, max(self.LEAST, math.ceil(length / self.STEP) * self.STEP))
-        start = (where[0] + where[-1] + 1 - length) // 2
-        start = min(max(0, start), n - length)
-        return slice(start, start + length)
 
     def inside(self, maps: Tensor) -> Tensor:
         """The box of maps (B, h, w)."""
@@ -480,13 +483,13 @@ class CodeMap(nn.Module):
     numbers codes at random); binning goes back.
     """
 
-    def __init__(self, used: Tensor, points: Tensor, codes: int, frame: Frame | None = None):
+    def __init__(self, used: Tensor, points: Tensor, codes: int, box: Box | None = None):
         """used (U,) int64: the used codes in their order; points (U, C): their places.
 
-        frame: what of a map is mapped, for those who crop before and fill up after.
+        box: what of a map is drawn, for those who crop before and fill up after.
         """
         super().__init__()
-        self.frame = frame or Frame()
+        self.box = box or Box()
         rank = torch.full((codes,), -1)
         rank[used] = torch.arange(len(used))
         self.register_buffer("used", used)
@@ -827,7 +830,8 @@ class Denoiser(nn.Module):
         table = F.pad(self.points, (0, 1), value=1.0).T.contiguous()      # (C + 1, K)
 
         def mean(logits: Tensor) -> Tensor:
-            # What is nearly impossible is at e^-80: below, a processor counts slowly.
+            # What is nearly impossible is at e^-80: below, a processor counts slowly, unless
+            # it was asked not to, as scripts do.
             logits = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80)
             sums = F.linear(logits.exp_(), table)  # of e by p(e | x), and of p(e | x)
             return sums[:, :-1] / sums[:, -1:]
@@ -996,7 +1000,7 @@ def draw(
             x = denoiser.places(code_map.decode(u)) if bins else u / denoiser.sd
             with autocast or nullcontext():
                 indices = denoiser.restore(x, grain_of(z, *x.shape[1:]))
-        indices = code_map.frame.around(indices)                          # (16, H/4, W/4)
+        indices = code_map.box.around(indices)                          # (16, H/4, W/4)
         maps.append(indices[:n].cpu())
         if decode:
             images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)

@@ -267,7 +267,7 @@ def load_run(path: str | Path, device: str = "auto") -> TrainedRun:
     code_map = code_map_of(codes, config, folder / file).to(where)
     networks = {
         "vqvae": modules.make_vqvae(config, sharper=config.decoder_kimg > 0),
-        "generator": modules.make_generator(config, code_map.frame.size),
+        "generator": modules.make_generator(config, code_map.box.size),
         "denoiser": modules.make_denoiser(config) if config.denoiser_kimg else None,
     }
     for name, network in networks.items():

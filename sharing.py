@@ -56,7 +56,7 @@ def export(run, folder: Path):
 
 def states_of(run) -> dict[str, dict[str, Tensor]]:
     codes = {"used": run.code_map.used, "points": run.code_map.points}
-    codes |= {"common": run.code_map.frame.common}
+    codes |= {"common": run.code_map.box.common}
     codes |= {"levels": run.levels, "counts": run.counts}
     states = {
         "vqvae": run.vqvae.state_dict(),

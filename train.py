@@ -37,7 +37,7 @@ import modules
 import processes
 import runtime
 from dataset import BrainSlices, Data, evenly, open_data, unit_range
-from modules import VQVAE, CodeMap, Denoiser, Frame, generator_of
+from modules import VQVAE, Box, CodeMap, Denoiser, generator_of
 from optimizers import Muon, make_optimizer
 
 COLUMNS = (
@@ -306,7 +306,7 @@ def train_vqvae(run: Run):
     parts = {"model": model, "optimizer": optimizer}
     stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
     plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
-    variance, box = data_variance(train, config), box_of(train, config)
+    variance, heads = data_variance(train, config), heads_in(train, config)
     slices = Feed(train.images, run.device)
     while not stage.done:
         if stage.step == plain and config.codebook == "ema":
@@ -314,7 +314,7 @@ def train_vqvae(run: Run):
         lr = stage.lr(config.lr)
         set_lr(lr, optimizer)
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
-        images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]][box])
+        images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]][heads])
         quantize = stage.step >= plain
         values = vqvae_step(model, optimizer, images, variance, stage, quantize)
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
@@ -394,18 +394,18 @@ def data_variance(train: BrainSlices, config: Config) -> float:
     return max(train.batch(evenly(len(train), 512)).var().item(), 1e-6)
 
 
-def box_of(train: BrainSlices, config: Config) -> tuple:
+def heads_in(train: BrainSlices, config: Config) -> tuple:
     """Index of what of slices (.., 256, 256) is trained on: about all heads, much is black.
 
-    Of 512 training slices, in whole cells of index maps. The original recipe takes all.
+    Of 512 training slices, in whole cells of index maps, with all cells that see a head (3
+    pixels further: `modules.blank_margins`). The original recipe takes all.
     """
     if config.reconstruction == "mse":
         return (...,)
     seen = torch.from_numpy(train.images[train.rows[evenly(len(train), 512)]].max(0))
     pixels = seen.shape[-1] // modules.MAP[-1]  # to a cell
-    seen = F.max_pool2d(seen[None].float(), pixels)[0] > 0  # (64, 64)
-    frame = Frame(torch.where(seen, -1, 0))
-    sides = frame.rows, frame.columns
+    see = F.max_pool2d(seen[None].float(), pixels + 6, pixels, padding=3)[0] > 0  # (64, 64)
+    sides = modules.sides_about(see)
     return (..., *(slice(pixels * side.start, pixels * side.stop) for side in sides))
 
 
@@ -572,7 +572,9 @@ def codes_are_current(run: Run, weights: int) -> bool:
     try:
         values = runtime.load_checkpoint(path, stage="codes", **run.fingerprint())
         with runtime.reading(path):
-            return values["vqvae"] == weights and values["maps"] == runtime.checksum(maps)
+            whole = "common" in values  # else of an earlier version
+            alike = values["vqvae"] == weights and values["maps"] == runtime.checksum(maps)
+            return whole and alike
     except UserError as problem:
         runtime.warn(f"{problem}; extracting the index maps anew")
         return False
@@ -604,7 +606,7 @@ def common_codes(maps: np.ndarray, run: Run) -> Tensor:
     The original recipe draws whole maps: nowhere is one said to be common.
     """
     if run.config.gan_loss == "bce":
-        return modules.Frame().common
+        return Box().common
     rows = run.data.train.rows
     low = high = maps[rows[0]]
     for part in np.array_split(rows, math.ceil(len(rows) / 1024)):
@@ -626,10 +628,10 @@ def code_map_of(values: dict, config: Config, path: Path) -> CodeMap:
     """The code map of codes.pt. Raises UserError (exit 4) unless it fits the configuration."""
     with runtime.reading(path):
         common = values["common"]
-        if common.shape != modules.MAP or not ((common >= -1) & (common < config.codes)).all():
+        indices = common.dtype == torch.int64 and common.shape == modules.MAP
+        if not indices or common.min() < -1 or common.max() >= config.codes:
             raise ValueError("what its maps have in common are not codes")
-        frame = Frame(common)
-        code_map = CodeMap(values["used"], values["points"], config.codes, frame)
+        code_map = CodeMap(values["used"], values["points"], config.codes, Box(common))
         U, levels = len(code_map.used), values["levels"]
         whole = U == (code_map.rank >= 0).sum() > 0
         counts = dict(values["counts"])["train"]
@@ -744,8 +746,8 @@ def decoder_step(
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
     rows = run.data.train.rows[chosen]
     maps, pixels = real.real_maps(rows), slices[rows]  # (B, h, w), (B, H, W) uint8
-    frame, margin = real.code_map.frame, margin_of(config)
-    window, cells, inside = window_of(pixels, maps, frame, margin, draw)
+    box, margin = real.code_map.box, margin_of(config)
+    window, cells, inside = window_of(pixels, maps, box, margin, draw)
     images = unit_range(pixels[window])  # (B, 1, WINDOW, WINDOW)
     with runtime.autocast(run.device, config.precision):
         output = decoding.model.decode_raw(maps[cells])[inside]
@@ -762,17 +764,17 @@ def decoder_step(
 
 
 def window_of(
-    images, maps, frame: Frame, margin: int, draw: torch.Generator
+    images, maps, box: Box, margin: int, draw: torch.Generator
 ) -> tuple[tuple, tuple, tuple]:
     """A random window of whole cells, as indices of images (.., H, W), maps, decoded cells.
 
-    It lies in the frame's box. The cells are those of the window and `margin` more on each
-    side, as far as there are any: at a map's edge the decoder pads, as it does for whole maps.
+    It lies in the box. The cells are those of the window and `margin` more on each side, as
+    far as there are any: at a map's edge the decoder pads, as it does for whole maps.
     """
     scale = images.shape[-1] // maps.shape[-1]  # pixels to a cell
     side = WINDOW // scale
     window, cells, inside = [...], [...], [...]
-    for within in (frame.rows, frame.columns):
+    for within in (box.rows, box.columns):
         start = torch.randint(within.start, within.stop - side + 1, (), generator=draw).item()
         first = max(0, start - margin)
         cells.append(slice(first, start + side + margin))
@@ -838,7 +840,7 @@ class Gan(RealMaps):
 
     def networks(self):
         """Both networks at their start, the average, the optimisers."""
-        run, config, size = self.run, self.run.config, self.code_map.frame.size
+        run, config, size = self.run, self.run.config, self.code_map.box.size
         self.G = seeded(run.seed, 1, lambda: modules.make_generator(config, size))
         self.G.to(run.device)
         self.D = seeded(run.seed, 2, lambda: modules.make_discriminator(config, size))
@@ -869,7 +871,7 @@ class Gan(RealMaps):
         run, config = self.run, self.run.config
         mine = processes.share(config.gan_batch_size)
         chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)[mine]
-        maps = self.code_map.frame.inside(self.real_maps(run.data.train.rows[chosen]))
+        maps = self.code_map.box.inside(self.real_maps(run.data.train.rows[chosen]))
         u = self.code_map.places(maps)  # (B, C, h, w)
         if self.code_map.even:
             u = u.expand(-1, config.map_channels, -1, -1)
@@ -1136,7 +1138,7 @@ def add_contrast(real: RealMaps):
     if processes.first(lambda: read().get("dcgan") == link):
         return
     values = read()
-    generator = modules.make_generator(run.config, real.code_map.frame.size)
+    generator = modules.make_generator(run.config, real.code_map.box.size)
     denoiser = modules.make_denoiser(run.config)
     theirs = runtime.load_checkpoint(paths[1], stage="dcgan", **made_with)
     for network, state, path in (
@@ -1155,10 +1157,10 @@ def denoiser_step(denoiser: Denoiser, optimizer, real: RealMaps, stage: Stage) -
     run, config, n = stage.run, stage.run.config, stage.batch_size
     mine, draw = processes.share(n), generator_of(stage.run.seed, DENOISE, stage.step)
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
-    frame = real.code_map.frame
-    maps = frame.inside(real.real_maps(run.data.train.rows[chosen]))  # (B, h, w)
-    places = torch.tensor(frame.size) - CROP_CELLS + 1
-    corners = (torch.rand((n, 2), generator=draw) * places).long()[..., None]  # (n, 2, 1)
+    box = real.code_map.box
+    maps = box.inside(real.real_maps(run.data.train.rows[chosen]))  # (B, h, w)
+    ways = torch.tensor(box.size) - CROP_CELLS + 1  # to put a crop, along each side
+    corners = (torch.rand((n, 2), generator=draw) * ways).long()[..., None]  # (n, 2, 1)
     cells = sent(corners[mine] + torch.arange(CROP_CELLS), run.device)  # (B, 2, 32)
     each = torch.arange(len(maps), device=run.device)[:, None, None]
     maps = maps[each, cells[:, 0, :, None], cells[:, 1, None, :]]  # (B, 32, 32)
@@ -1189,7 +1191,7 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     rows = evenly(len(validation), 64)
     mine, losses = processes.share(len(rows)), []
     code_map = real.code_map
-    maps = code_map.frame.inside(real.real_maps(validation.rows[rows[mine]]))
+    maps = code_map.box.inside(real.real_maps(validation.rows[rows[mine]]))
     # A code that training never used has no place: it gets a wrong one, the same in each look.
     maps = torch.where(code_map.rank[maps] < 0, code_map.used[0], maps)
     draw = generator_of(stage.run.seed, DENOISE)

@@ -183,19 +183,20 @@ class AugmentedDiscriminator(modules.Discriminator):
     """Sees each map moved by up to 8 cells and with a quarter of it cut out.
 
     Zhao et al. 2020 (DiffAugment, arXiv:2006.10738): translation and cutout, on real and
-    generated maps alike. Cut cells take the map's corner, which is background.
+    generated maps alike. Cut cells take the box's corner, which is background.
     """
 
     def forward(self, u: Tensor, level: Tensor) -> Tensor:
-        B, _, h, _ = u.shape
-        x = torch.arange(h, device=u.device)
-        moved = [x + torch.randint(-8, 9, (B, 1), device=u.device) for _ in range(2)]
-        rows, columns = (m.clamp(0, h - 1) for m in moved)  # (B, h) (B, w)
+        B, moved, cut = len(u), [], []
+        for side in u.shape[2:]:
+            x = torch.arange(side, device=u.device)
+            by = torch.randint(-8, 9, (B, 1), device=u.device)
+            moved.append((x + by).clamp(0, side - 1))  # (B, side)
+            start = torch.randint(0, side // 2 + 1, (B, 1), device=u.device)
+            cut.append((x >= start) & (x < start + side // 2))  # (B, side)
         first = torch.arange(B, device=u.device)[:, None, None]
-        u = u.permute(0, 2, 3, 1)[first, rows[:, :, None], columns[:, None]]
-        top, left = torch.randint(0, h // 2 + 1, (2, B, 1), device=u.device)
-        cut_rows, cut_columns = (((x >= a) & (x < a + h // 2)) for a in (top, left))
-        cut = (cut_rows[:, :, None] & cut_columns[:, None])[..., None]  # (B, h, w, 1)
+        u = u.permute(0, 2, 3, 1)[first, moved[0][:, :, None], moved[1][:, None]]
+        cut = (cut[0][:, :, None] & cut[1][:, None])[..., None]  # (B, h, w, 1)
         u = torch.where(cut, u[:, :1, :1], u)  # (B, h, w, C)
         return super().forward(u.permute(0, 3, 1, 2), level)
 
@@ -217,7 +218,6 @@ def write_pixels(run: train.Run) -> dict:
     counts = train.histogram(maps, run.data.train.rows, run.config.codes)
     return {
         "used": torch.arange(256), "points": modules.even_middles(256),
-        "common": train.common_codes(maps, run),
         "counts": {"train": counts}, "maps": runtime.checksum(run.path("codes.npy")),
     }  # fmt: skip
 
@@ -433,10 +433,12 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed:
     if row.order:
         used, points = row.order(fitted, codebook, base.counts)
     values = runtime.load_checkpoint(base.folder / "codes.pt") | mine
-    maps = np.load(run.path("codes.npy"), mmap_mode="r")
-    values |= {"used": used, "points": points, "common": train.common_codes(maps, run)}
+    values |= {"used": used, "points": points}
     values["vqvae"] = runtime.checksum(run.path("vqvae_best.pt"))
-    runtime.save_checkpoint(run.path("codes.pt"), values | (row.maps(run) if row.maps else {}))
+    values |= row.maps(run) if row.maps else {}
+    maps = np.load(run.path("codes.npy"), mmap_mode="r")
+    values["common"] = train.common_codes(maps, run)
+    runtime.save_checkpoint(run.path("codes.pt"), values)
     adopt("decoder", codes=runtime.checksum(run.path("codes.pt")))
     return run
 

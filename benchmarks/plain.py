@@ -123,7 +123,7 @@ def vqvae_step(model: VQVAE, optimizer, images: Tensor, config, crop: torch.Gene
 
 
 def judge(D: modules.Discriminator, u: Tensor, level: Tensor) -> Tensor:
-    """Logits (B,) of maps (B, C, 64, 64) in whatever memory format they have."""
+    """Logits (B,) of maps (B, C, h, w) in whatever memory format they have."""
     scores = D.layers(u).flatten(1)
     return scores[:, 0] + (scores[:, 1:] * modules.level_features(level)).sum(1)
 
@@ -132,7 +132,7 @@ def dcgan_step(gan, nimg: int, step: int) -> tuple[Tensor, Tensor]:
     """One step of D, then one of G on the same noise; returns both losses."""
     config, D = gan.run.config, gan.D
     real, level = gan.real(nimg, step)
-    fake = gan.G(gan.noise(step), level)  # (B, C, 64, 64)
+    fake = gan.G(gan.noise(step), level)  # (B, C, h, w)
     real_score = judge(D, real, level)
     d_loss = F.softplus(judge(D, fake.detach(), level) - real_score).mean()
     if step % config.penalty_every == 0:

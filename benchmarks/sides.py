@@ -194,7 +194,10 @@ def extract_plain(here: Inputs):
 
 
 def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
-    """What a DCGAN step asks of `train.Gan`: networks, optimisers, real maps, noise."""
+    """What a DCGAN step asks of `train.Gan`: networks, optimisers, real maps, noise.
+
+    As in training, the networks draw the box in which maps differ, here of 512 slices.
+    """
     model = some_vqvae(here, config)
     levels = torch.from_numpy(here.data.train.levels[evenly(len(here.data.train), 32)])
     with torch.no_grad():
@@ -202,15 +205,19 @@ def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
     counts = torch.bincount(maps.flatten(), minlength=config.codes)
     codebook, channels = model.quantizer.codebook, config.map_channels
     code_map = modules.CodeMap.fit(codebook, counts, config.order, channels)
-    G = train.seeded(0, 1, lambda: modules.make_generator(config))
-    D = train.seeded(0, 2, lambda: modules.make_discriminator(config))
+    with torch.no_grad():
+        many = torch.cat([model.encode(part) for part in here.slices(512).split(64)])
+    same = (many == many[0]).all(0)  # (64, 64)
+    box = code_map.box = modules.Box(torch.where(same, many[0], -1))
+    G = train.seeded(0, 1, lambda: modules.make_generator(config, box.size))
+    D = train.seeded(0, 2, lambda: modules.make_discriminator(config, box.size))
     noise = torch.randn(32, config.noise_dim, generator=modules.generator_of(0))
     adam = {"betas": (config.gan_beta1, 0.99), "fused": fused}
     return SimpleNamespace(
         run=a_run(config).run, vqvae=model, code_map=code_map, G=G, D=D, levels=levels,
         G_optimizer=torch.optim.Adam(G.parameters(), config.gan_lr[0], **adam),
         D_optimizer=torch.optim.Adam(D.parameters(), config.gan_lr[1], **adam),
-        real=lambda nimg, step: (code_map.encode(maps), levels),
+        real=lambda nimg, step: (code_map.encode(box.inside(maps)), levels),
         noise=lambda step: noise,
     )  # fmt: skip
 
@@ -234,7 +241,8 @@ def dcgan_plain(here: Inputs):
 
 
 def generate_here(here: Inputs):
-    gan, denoiser = a_gan(here, here.config, fused=True), modules.make_denoiser(here.config)
+    gan = a_gan(here, here.config, fused=True)
+    denoiser = modules.make_denoiser(here.config)
     denoiser.fit(gan.code_map, torch.ones(here.config.codes))
     gan.G.eval()
     noise, level = gan.noise(0).repeat(2, 1), gan.levels.repeat(2)

@@ -157,6 +157,7 @@ def start(tamed: bool, cache: str, work: str):
     """The beginning of a side's process."""
     global inputs
     inputs = sides.Inputs(cache, work)
+    torch.set_flush_denormal(True)  # as `runtime.run_script` does
     if tamed:
         runtime.tame_malloc()
 

@@ -79,7 +79,7 @@ def without_files() -> train.Gan:
     gan.code_map = modules.CodeMap.fit(codebook, gan.counts, "coordinates", 4)
     common = torch.zeros(64, 64).long()
     common[4:60, 8:50] = -1
-    gan.code_map.frame = modules.Frame(common)
+    gan.code_map.box = modules.Box(common)
     maps = torch.randint(64, (SLICES, 64, 64), generator=draw).short().numpy()
     gan.maps = train.Feed(maps, gan.run.device)
     gan.levels = torch.from_numpy(gan.run.data.train.levels)

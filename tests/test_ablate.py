@@ -84,11 +84,12 @@ def test_soft_coordinates_are_codes_once_training_is_over():
     )
 
 
-def test_augmentation_moves_and_cuts_but_leaves_what_is_flat(monkeypatch):
+@pytest.mark.parametrize("h, w", [(64, 64), (56, 48)])
+def test_augmentation_moves_and_cuts_but_leaves_what_is_flat(h, w, monkeypatch):
     seen = []
     monkeypatch.setattr(Discriminator, "forward", lambda self, u, level: seen.append(u))
     D = ablate.AugmentedDiscriminator(4, 2, batch_norm=False)
-    flat, u = torch.full((5, 2, 64, 64), 0.7), torch.zeros(5, 2, 64, 64)
+    flat, u = torch.full((5, 2, h, w), 0.7), torch.zeros(5, 2, h, w)
     u[:, :, 20:44, 20:44] = torch.rand(5, 2, 24, 24) + 1
     torch.manual_seed(0)
     for x in (flat, u):

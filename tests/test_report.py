@@ -57,9 +57,9 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     """Networks with random weights, as `load_run` gives them, and what a run leaves behind."""
     common = torch.ones(64, 64).long()
     common[4:60, 8:50] = -1
-    frame = modules.Frame(common)
+    box = modules.Box(common)
     vqvae = modules.make_vqvae(CONFIG, sharper=True)
-    generator = modules.make_generator(CONFIG, frame.size)
+    generator = modules.make_generator(CONFIG, box.size)
     denoiser = modules.make_denoiser(CONFIG)
     draw = torch.Generator().manual_seed(0)
     for network in (vqvae, generator):
@@ -70,7 +70,7 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
         weight.copy_(0.05 * torch.randn(weight.shape, generator=draw))
     counts = torch.arange(16) * 10
     code_map = modules.CodeMap.fit(vqvae.quantizer.codebook, counts, CONFIG.order, 4)
-    code_map.frame = frame
+    code_map.box = box
     denoiser.fit(code_map, counts)
     folder.mkdir(parents=True)
     runtime.write_json(folder / "metrics.json", result())

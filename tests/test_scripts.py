@@ -388,3 +388,15 @@ def test_a_stage_without_the_one_before_says_which(slices, tmp_path):
         assert done.returncode == 4 and f"run --stage {before} first" in done.stderr, (
             done.stderr
         )
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="not on this processor")
+def test_scripts_take_what_is_nearly_nothing_for_nothing():
+    """On all threads. Below 1e-38 a processor counts slowly; the control is outside of them."""
+    count = "(torch.full((10**6,), 1e-30) * 1e-10).count_nonzero().item()"
+    script = f"import torch, runtime; count = lambda: print({count}); runtime.run_script(count)"
+    for code, found in ((script, "0"), (f"import torch; print({count})", "1000000")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, found), done.stderr

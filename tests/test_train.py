@@ -522,9 +522,9 @@ def test_windows_lie_everywhere_in_the_box_and_are_decoded_as_in_the_whole():
     maps, common = torch.randint(16, (2, 64, 64)), torch.zeros(64, 64).long()
     common[:, 16:56] = -1
     whole, draw, starts = model.decode_raw(maps), torch.Generator().manual_seed(0), set()
-    frame, margin = modules.Frame(common), train.margin_of(TINY)
+    box, margin = modules.Box(common), train.margin_of(TINY)
     for _ in range(200):
-        window, cells, inside = train.window_of(whole, maps, frame, margin, draw)
+        window, cells, inside = train.window_of(whole, maps, box, margin, draw)
         starts.add((window[1].start, window[2].start))
         found = model.decode_raw(maps[cells])[inside]
         assert torch.allclose(found, whole[window], atol=1e-6 * whole.abs().max().item())
@@ -546,16 +546,64 @@ def test_what_all_training_maps_share_is_found_and_no_other_map_counts(uninterru
     assert (train.common_codes(maps, whole) == -1).all()
 
 
-def test_slices_are_trained_on_where_heads_are(uninterrupted):
+def test_a_run_draws_the_box_of_its_own_maps(uninterrupted):
+    maps = np.load(uninterrupted.path("codes.npy"))[uninterrupted.data.train.rows]
+    box = train.RealMaps(uninterrupted).code_map.box
+    same = torch.from_numpy((maps == maps[0]).all(0))
+    assert torch.equal(box.common >= 0, same) and box.size < (64, 64)
+    assert torch.equal(box.common[same], torch.from_numpy(maps[0].astype(np.int64))[same])
+
+
+def test_stage_1_sees_no_more_than_heads(data, tmp_path, monkeypatch):
+    run, seen = a_run(tmp_path, data), []
+
+    def step(model, optimizer, images, *others):
+        seen.append(images.shape)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "vqvae_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_vqvae(run)
+    _, down, across = train.heads_in(data.train, run.config)
+    sides = down.stop - down.start, across.stop - across.start
+    assert seen == [(run.config.batch_size, 1, *sides)] and sides < (256, 256)
+
+
+def test_crops_lie_everywhere_in_the_box(uninterrupted, monkeypatch):
+    seen, common = [], torch.zeros(64, 64).long()
+    common[5:60, 10:50] = -1  # rows 4 to 59
+    places = torch.arange(64 * 64).view(1, 64, 64)
+    real = SimpleNamespace(
+        code_map=SimpleNamespace(box=modules.Box(common)), levels=torch.zeros(9),
+        real_maps=lambda rows: places.expand(len(rows), -1, -1),
+    )  # fmt: skip
+
+    def loss(denoiser, maps, *others):
+        seen.append(maps)
+        return torch.zeros(len(maps), requires_grad=True)
+
+    monkeypatch.setattr(modules, "denoising_loss", loss)
+    denoiser = modules.make_denoiser(TINY)
+    sgd = torch.optim.SGD(denoiser.parameters(), lr=0.1)
+    stage = SimpleNamespace(run=uninterrupted, batch_size=16, nimg=0)
+    for stage.step in range(30):
+        train.denoiser_step(denoiser, sgd, real, stage)
+    rows, columns = torch.cat(seen) // 64, torch.cat(seen) % 64
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 59, 10, 49)
+    assert (rows[:, :, :1] == rows).all() and (rows.diff(dim=1) == 1).all()
+    assert (columns[:, :1] == columns).all() and (columns.diff(dim=2) == 1).all()
+
+
+def test_slices_are_trained_on_where_heads_are():
     images = np.zeros((10, 256, 256), np.uint8)
     images[3, 40, 90] = images[4, 209, 60] = 1  # cells 10 to 52, and 15 to 22
     images[7] = 255  # of no training slice
     some = BrainSlices(images, range(5), ["s"] * 5, [np.nan] * 5)
-    _, down, across = train.box_of(some, TINY)
+    _, down, across = train.heads_in(some, TINY)
     assert (down, across) == (slice(28, 220), slice(12, 140))
-    assert train.box_of(some, replace(TINY, reconstruction="mse")) == (...,)
+    assert train.heads_in(some, replace(TINY, reconstruction="mse")) == (...,)
     images[4, 0, 255] = 1
-    assert train.box_of(some, TINY)[1:] == (slice(0, 224), slice(32, 256))
+    assert train.heads_in(some, TINY)[1:] == (slice(0, 224), slice(32, 256))
 
 
 def test_what_lies_about_a_window_does_not_reach_it():
