@@ -761,8 +761,8 @@ class Denoiser(nn.Module):
     units of `sd`, their standard deviation.
     """
 
-    LEAST, MOST = 0.1, 4.0  # sigma: known noise that it learns from
-    FROM, STEPS = 3.0, 5  # noise that a map is given, and passes that take it away
+    LEAST, MOST = 0.5, 4.0  # sigma: noise that it learns from
+    STEPS = 4  # passes that take away the most of it, which a map is given
     FAR = 1e3  # where codes lie that training never used: out of reach
 
     def __init__(self, codes: int, channels: int):
@@ -849,14 +849,14 @@ class Denoiser(nn.Module):
         As SDEdit (Meng et al. 2022, arXiv:2108.01073): enough noise to drown what is wrong,
         then down to none by a multistep method (DPM-Solver++ of Lu et al. 2022,
         arXiv:2211.01095, algorithm 2): D is taken to go on changing as it did in the step
-        before, linearly in log sigma, and the equation of that D is solved exactly. Each cell
-        ends as the most probable code.
+        before, linearly in log sigma, and the equation of that D is solved exactly. At the
+        least noise that it knows, each cell becomes its most probable code.
         noise: (n, C, h, w), white, of unit variance. Raises FloatingPointError if x or
         what all passes but the last make of it is not finite.
         """
-        x = x + self.FROM * noise
+        x = x + self.MOST * noise
         rho = 3  # eq. 5 of Karras et al.
-        ends = self.FROM ** (1 / rho), self.LEAST ** (1 / rho)
+        ends = self.MOST ** (1 / rho), self.LEAST ** (1 / rho)
         sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
         before, back = None, 0.0  # D in the step before, and that step's length in log sigma
         for now, then in pairwise(sigmas):

@@ -584,12 +584,12 @@ def test_an_untrained_denoiser_knows_codes_without_neighbours(sigma):
 
 @pytest.mark.parametrize(
     ("most", "steps", "wrong"),
-    [(2.0, 4, 0.05), (2.0, 48, 0.005), (Denoiser.FROM, Denoiser.STEPS, 0.05)],
+    [(2.0, 4, 0.05), (2.0, 48, 0.005), (Denoiser.MOST, Denoiser.STEPS + 1, 0.05)],
 )
 def test_restoring_follows_the_equation_of_codes_without_neighbours(most, steps, wrong):
     # On a line no cell overtakes another: each ends at the code of its own quantile.
     denoiser, places = fitted([[-1.0], [0.5], [2.0]], [50, 30, 20])
-    denoiser.FROM, denoiser.STEPS = most, steps
+    denoiser.LEAST, denoiser.MOST, denoiser.STEPS = 0.1, most, steps
     places, shares = places[:, 0], torch.tensor([0.5, 0.3, 0.2])
     ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 64, 64)
     noise = torch.randn(2, 4, 64, 64)
