@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import metrics
 from config import Config
 
 # --- VQ-VAE -------------------------------------------------------------------------------
@@ -415,7 +414,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, H, W), H and W multiples of 4 -> logits (B, H/4, W/4)."""
-        seen = torch.cat([2 * x, 10 * metrics.high_pass(x)], 1)           # (B, 2, H, W)
+        fine = x - F.avg_pool2d(x, 5, 1, 2)                               # (B, 1, H, W)
+        seen = torch.cat([2 * x, 10 * fine], 1)                           # (B, 2, H, W)
         return self.layers(seen.contiguous(memory_format=torch.channels_last))[:, 0]
 
 

@@ -77,9 +77,6 @@ def without_files() -> train.Gan:
     codebook = torch.randn(64, 64, generator=draw)
     gan.counts = torch.ones(64).long()
     gan.code_map = modules.CodeMap.fit(codebook, gan.counts, "coordinates", 4)
-    common = torch.zeros(64, 64).long()
-    common[4:60, 8:50] = -1
-    gan.code_map.box = modules.Box(common)
     maps = torch.randint(64, (SLICES, 64, 64), generator=draw).short().numpy()
     gan.maps = train.Feed(maps, gan.run.device)
     gan.levels = torch.from_numpy(gan.run.data.train.levels)
