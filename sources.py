@@ -23,6 +23,7 @@ PARTS = ("train", "validation", "test")
 SLICE_KEY = "slice:"  # begins the stand-in for a subject that is unknown
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 _NUMBER = re.compile(r"(\d+)")
+_LAST_NUMBER = re.compile(r"(.*\D)?\d+(\D*)", re.S)  # and what lies before and after it
 LAYOUTS = """accepted are folders that hold, at any depth,
   PNG or JPEG slices whose path names the subject (case_001_slice_0.nii.png, OAS1_0001_...,
     sub-01_..., or one folder per subject), with or without train/validate/test folders;
@@ -54,8 +55,8 @@ class Item:
         """What the slices of a scan share: the volume, or the path without its last number."""
         if self.is_volume or self.subject.startswith(SLICE_KEY):
             return self.name
-        parts = _NUMBER.split(self.name)  # texts and numbers in turn
-        return "".join(parts[:-2] + parts[-1:])
+        match = _LAST_NUMBER.fullmatch(self.name)
+        return (match[1] or "") + match[2] if match else self.name
 
     @property
     def files(self) -> list[str]:
@@ -84,6 +85,7 @@ _SEGMENTATION = re.compile(
     r"(?<![a-z])(?:[adf]?seg(?:s|ment\w*)?|probseg|labels?|(?:brain)?masks?|aparc)\d*(?![a-z])",
     re.I,
 )
+_SEGMENTATION_WORDS = ("seg", "label", "mask", "aparc")  # one of which each match contains
 _SESSION = re.compile(r"OAS1_\d{4}_MR\d", re.I)
 # Where a tree holds several versions of each scan, the first of these that occurs is used.
 _PREFERRED = (
@@ -135,7 +137,7 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         for entry in _entries(place, ignored):
             name, lower = entry.name, entry.name.lower()
-            segmentation = is_segmentation or bool(_SEGMENTATION.search(name))
+            segmentation = is_segmentation or _is_segmentation(lower)
             below = f"{folder}/{name}" if folder else name
             if _JUNK.match(name):
                 ignored["system files"] += 1
@@ -153,6 +155,14 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
                 ignored["contact sheets"] += 1
             else:
                 yield below
+
+
+def _is_segmentation(lower: str) -> bool:
+    """Whether a name says so. A look for the words alone spares most names the pattern."""
+    for word in _SEGMENTATION_WORDS:
+        if word in lower:
+            return bool(_SEGMENTATION.search(lower))
+    return False
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

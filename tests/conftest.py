@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -24,6 +25,12 @@ def script(name, *arguments, cwd, timeout=600, **env):
         cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers that a test does not seed itself are the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -78,10 +78,11 @@ def test_soft_coordinates_are_codes_once_training_is_over():
     soft = G(noise, level)
     assert soft.shape == (3, 4, 64, 64) and soft.requires_grad
     hard = G.eval()(noise, level).permute(0, 2, 3, 1).flatten(0, 2)
-    assert torch.cdist(hard, points).amin(1).max() < 1e-3
-    assert (
-        torch.cdist(soft.detach().permute(0, 2, 3, 1).flatten(0, 2), points).amin(1).max() > 0.1
-    )
+    soft = soft.detach().permute(0, 2, 3, 1).flatten(0, 2)
+    # By squares of differences: by products, which many points get, 0 is as far as 0.002.
+    far = partial(torch.cdist, x2=points, compute_mode="donot_use_mm_for_euclid_dist")
+    assert far(hard).amin(1).max() < 1e-3
+    assert far(soft).amin(1).max() > 0.1
 
 
 @pytest.mark.parametrize("h, w", [(64, 64), (56, 48)])
