@@ -255,8 +255,8 @@ def _plain(value):
 SEEN = {"vqvae": "slices", "decoder": "slices", "dcgan": "maps", "denoiser": "crops"}
 
 # Differences from the defaults above. `classic` is the recipe of the original project; its
-# DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map). The others keep
-# its VQ-VAE, and draw with a larger decoder that is widened from it.
+# DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map). All but `full` keep its VQ-VAE,
+# whose channels limit reconstructions; they draw with a larger decoder, widened from it.
 PRESETS = {
     "quick": {},
     "smoke": {
@@ -267,9 +267,9 @@ PRESETS = {
         "vqvae_kimg": 27.0, "decoder_kimg": 8.0, "gan_kimg": 210.0, "denoiser_kimg": 190.0,
     },
     "full": {
-        "vqvae_kimg": 400.0, "batch_size": 64, "decoder_widths": (64, 32),
-        "residual_blocks": 4, "decoder_kimg": 100.0, "gan_widths": (128, 64),
-        "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
+        "widths": (64, 32, 16, 32), "batch_size": 64, "vqvae_kimg": 400.0,
+        "decoder_widths": (64, 32), "residual_blocks": 4, "decoder_kimg": 100.0,
+        "gan_widths": (128, 64), "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
     },
     "classic": {
         "upsampling": "bilinear", "codebook": "loss", "reconstruction": "mse",

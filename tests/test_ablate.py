@@ -1,5 +1,6 @@
 """The table of mappings: its orders are orders, and EXPERIMENTS.md shows what was measured."""
 
+from functools import partial
 from pathlib import Path
 
 import ablate
