@@ -203,7 +203,7 @@ def read_slices(path: str | Path, config: Config) -> np.ndarray:
     Raises UserError (exit 3) if any file of it cannot be read.
     """
     path = Path(path)
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() == ".img":  # its header says how to read it
             path = path.with_suffix(".HDR" if path.suffix == ".IMG" else ".hdr")
         items = [Item(str(path.parent), path.name)]

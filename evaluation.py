@@ -21,7 +21,7 @@ import metrics
 import modules
 import processes
 import runtime
-from config import Exit, UserError
+from config import Config, Exit, UserError
 from dataset import BrainSlices, Data, evenly
 from modules import generator_of
 
@@ -234,6 +234,11 @@ class Described:
     wasserstein: float = math.nan  # sliced, to "train"
 
 
+def slices_compared(config: Config, data: Data) -> int:
+    """n, slices of each kind: as many as asked for, or as the smallest set has."""
+    return min(config.samples, len(data.test), len(data.validation), len(data.train) // 2)
+
+
 class Scorer:
     """The sets that are compared, described: n slices of each kind.
 
@@ -243,8 +248,7 @@ class Scorer:
 
     def __init__(self, run, data: Data):
         self.run, self.data = run, data
-        sizes = len(data.test), len(data.validation), len(data.train) // 2
-        self.n = n = min(run.config.samples, *sizes)
+        self.n = n = slices_compared(run.config, data)
         self.random = metrics.RandomFeatures()
         cache = Path(run.config.cache)
         self.encoder = processes.first_then_all(lambda: slice_encoder(data, cache))

@@ -165,7 +165,8 @@ class Quantizer(nn.Module):
         keys = torch.cat([weight.T @ shifted.T, shifted.square().sum(1)[None] / -2])
         a = F.pad(a, (0, 1), value=1.0)                                   # (N, A + 1)
         if a.device.type != "cpu":
-            return torch.cat([best(part @ keys) for part in a.split(1 << 18)])
+            rows = max(1, (1 << 27) // len(self.codebook))  # 0.5 GB of scores
+            return torch.cat([best(part @ keys) for part in a.split(rows)])
         zero = torch.zeros_like(a[:1])
         zero[:, -1] = 1.0
         indices = best(zero @ keys).repeat(len(a))                        # (N,)

@@ -120,13 +120,17 @@ import metrics
 import modules
 import processes
 import report
+import results
 import runtime
 import sharing
-from dataset import Data, evenly, open_data, read_slices
+from dataset import Data, evenly, open_data, read_slices, unit_range
 from evaluation import Scorer, evaluate, parts_of, table
 from train import code_map_of
 
 # --- a finished run -----------------------------------------------------------------------
+
+
+NO_LEVELS = "this run knows no slice levels (its data had none, or it is of --gan-loss bce)"
 
 
 @dataclass
@@ -152,10 +156,14 @@ class TrainedRun:
         """n new index maps (n, 64, 64) int64 and slices (n, 1, 256, 256) float32 [0,1].
 
         They are number first .. first + n - 1 of `seed`; each depends on (seed, number) alone.
-        level: 0 lowest to 1 highest slice; None: distributed as in the training split.
+        level: 0 lowest to 1 highest slice; None: distributed as in the training split. Raises
+        ValueError for a level where the run is not `conditional`.
         """
         noise, levels = self.noise(n, seed, first)
-        return self.draw(noise, levels if level is None else torch.full((n,), level))
+        if level is not None:
+            self.require_levels()
+            levels = torch.full((n,), level)
+        return self.draw(noise, levels)
 
     def noise(self, n: int, seed: int = 0, first: int = 0) -> tuple[Tensor, Tensor]:
         """What samples first .. first + n - 1 of `seed` are made of: (n, Z), levels (n,)."""
@@ -173,6 +181,7 @@ class TrainedRun:
 
     def sweep(self, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Sample 0 of `seed` from the lowest slice to the highest: levels (n,), slices."""
+        self.require_levels()
         levels = torch.linspace(0, 1, n)
         noise = self.noise(1, seed)[0].expand(n, -1)
         return levels, self.draw(noise, levels)[1]
@@ -183,6 +192,8 @@ class TrainedRun:
         Along the great circle, where the noise has the length that the generator knows.
         level: of all slices; None is that of sample 0.
         """
+        if level is not None:
+            self.require_levels()
         (a, b), levels = self.noise(2, seed)
         where = levels[0] if level is None else torch.tensor(level)
         # Slerp (Shoemake 1985); the limits keep it finite where a and b are parallel.
@@ -206,6 +217,10 @@ class TrainedRun:
     def conditional(self) -> bool:
         """Whether a slice level can be asked for."""
         return self.generator.conditional and len(self.levels) > 0
+
+    def require_levels(self):
+        if not self.conditional:
+            raise ValueError(NO_LEVELS)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -457,10 +472,7 @@ def interpolate_command(run: TrainedRun, arguments):
 
 def check_level(run: TrainedRun, level):
     if level is not None and not run.conditional:
-        raise UserError(
-            Exit.USAGE, "--level: this run knows no slice levels (its data had none, or it is "
-            "of --gan-loss bce); leave --level out",
-        )  # fmt: skip
+        raise UserError(Exit.USAGE, f"--level: {NO_LEVELS}; leave --level out")
 
 
 def check_n(n: int, least: int):
@@ -484,16 +496,22 @@ def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):
 
 def reconstruct_command(run: TrainedRun, arguments):
     given = {k: getattr(arguments, k) for k in ("slices", "axis") if k in arguments}
-    slices = read_slices(arguments.data, replace(run.config, **given))
-    images = torch.from_numpy(slices)[:, None].float() / 255
-    maps, outputs = run.reconstruct(images)
+    slices = torch.from_numpy(read_slices(arguments.data, replace(run.config, **given)))
+    shown, scores = [], []  # of the first part; of all
+
+    def parts() -> Iterator[Tensor]:
+        for images in map(unit_range, slices.split(128)):
+            maps, outputs = run.reconstruct(images)
+            shown.append((images[:8, 0].numpy(), run.ranks(maps[:8]), outputs[:8, 0].numpy()))
+            del shown[1:]
+            scores.append(metrics.ssim(images, outputs))
+            yield outputs
+
     folder = place_for(arguments, run.folder, "reconstructed")
-    write_slices(folder, iter([outputs]))
-    similarity = metrics.ssim(images, outputs)
+    write_slices(folder, parts())
+    similarity = torch.cat(scores)
     runtime.say(f"SSIM {similarity.mean():.4f} (sd {similarity.std(correction=0):.4f})")
-    some = slice(0, 8)
-    originals, back = images[some, 0].numpy(), outputs[some, 0].numpy()
-    ranks, values = run.ranks(maps[some]), similarity[some].tolist()
+    (originals, ranks, back), values = shown[0], similarity[:8].tolist()
     used = len(run.code_map.used)
     runtime.save_figure(
         folder / "comparison.png",
@@ -527,12 +545,24 @@ def evaluate_command(run: TrainedRun, arguments):
             raise UserError(
                 Exit.CHECKPOINT, f"{run.folder} is not trained to its end; run driver.py again"
             )
-    results = run.folder.parent
-    with runtime.writing_alone(results):
+    folder = run.folder.resolve().parent
+    ours = (folder / "data_report.json").exists()  # not if a seed's folder lies by itself
+    with runtime.writing_alone(folder if ours else run.folder):
         data = open_data(run.config)
-        evaluate_and_save(run, data)
-        if (results / "results.json").exists():  # stages by hand make none
-            save_report(results, data, str(run.device))
+        result = evaluate_and_save(run, data)
+        if ours and (folder / "results.json").exists():  # stages by hand make none
+            if is_own_number(run):
+                rows = results.rows_in(folder)
+                n = result["generation"]["n"]
+                rows[run.seed] = results.row_of(folder, run.seed, n, result)
+                results.write(folder, rows)
+            save_report(folder, data, str(run.device))
+
+
+def is_own_number(run: TrainedRun) -> bool:
+    """Whether it is scored with as many slices as it was trained to be."""
+    saved = runtime.read_json(run.folder / "config.json")["config"]
+    return run.config.samples == saved["samples"]
 
 
 def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
@@ -541,8 +571,7 @@ def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
     metrics.json comes last, since it marks the run as finished. It holds the run's own number
     of samples: FD at another N is another unit, and goes to metrics-N.json.
     """
-    own = runtime.read_json(run.folder / "config.json")["config"]["samples"]
-    name = "metrics.json" if run.config.samples == own else f"metrics-{run.config.samples}.json"
+    name = "metrics.json" if is_own_number(run) else f"metrics-{run.config.samples}.json"
     result, scorer = evaluate(run, data)
     runtime.say(table(result))
     if processes.is_first():

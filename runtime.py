@@ -287,9 +287,11 @@ def tame_malloc():
 
 
 def release_memory():
-    """Hand the heap's free pages back after a stage, or each stage's peak would add up."""
+    """Hand free memory back after a stage, or each stage's peak would add up."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def choose_device(name: str) -> torch.device:
@@ -392,9 +394,10 @@ def _cannot_write(path: Path, problem: OSError, needed: int | None = None) -> Us
 
 
 def remove_temporaries(folder: Path):
-    """Delete what a killed process left half-written in `folder`."""
-    for stale in folder.rglob(".*.tmp*"):
-        stale.unlink(missing_ok=True)
+    """Delete what a killed process left half-written in a folder of results or of one seed."""
+    for place in ("", "figures/", "seed-*/", "seed-*/figures/"):
+        for stale in folder.glob(f"{place}.*.tmp*"):
+            stale.unlink(missing_ok=True)
 
 
 def is_orphan(temporary: Path) -> bool:
@@ -728,6 +731,9 @@ def writing_alone(folder: Path) -> Iterator[None]:
         file.close()
 
 
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # some networked file systems
+
+
 def _locked(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock.json"
@@ -741,7 +747,10 @@ def _locked(folder: Path):
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as problem:
+        if problem.errno in NO_LOCKS:
+            warn(f"{path}: this file system has no locks; let one process write here at a time")
+            return file
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
@@ -757,8 +766,8 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
 
     With `--out`: that folder, if it is new or of equal configuration and data. Without: the
     newest unfinished folder of equal configuration and data; if there is none, a new one, and
-    the next seed unless one was given. Raises UserError: exit 4 for a folder of another
-    configuration, 5 for one with other content.
+    the next seed unless one was given. Raises UserError (exit 4) for a folder of another
+    configuration or other data.
     """
     mine = {"config": config.identity(), "data": data}
     if config.out:
@@ -766,9 +775,6 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
         if (folder / "config.json").exists():
             found = _unless_another(folder, mine)
             return folder, seed if seed_given else found["seed"]
-        if folder.is_dir() and any(is_foreign(p.name) for p in folder.iterdir()):
-            raise UserError(Exit.BUSY, f"{folder} holds other files; choose another --out")
-        check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
     else:
         alike = _folders_alike(Path("runs"), mine)
@@ -786,11 +792,21 @@ def results_folder(config: Config, data: str, seed_given: bool) -> tuple[Path, i
 
 
 def check_out(config: Config):
-    """Raise UserError before data are made if `--out` cannot take this run: exit 4 or 7."""
+    """Raise UserError before data are made if `--out` cannot take this run.
+
+    Exit 4 for a folder of another configuration, 5 for one of other files, 7 if it cannot be
+    written. A cache may be made in it later.
+    """
     folder = Path(config.out or "runs")
     check_writable(folder)
     if config.out and (folder / "config.json").exists():
         _unless_another(folder, {"config": config.identity()})
+    elif (
+        config.out
+        and folder.is_dir()
+        and any(_is_foreign(path, Path(config.cache)) for path in folder.iterdir())
+    ):
+        raise UserError(Exit.BUSY, f"{folder} holds other files; choose another --out")
 
 
 def _unless_another(folder: Path, mine: dict) -> dict:
@@ -812,9 +828,13 @@ def _unless_another(folder: Path, mine: dict) -> dict:
     return found
 
 
-def is_foreign(name: str) -> bool:
-    """Whether a file in a folder without config.json is somebody's, not a killed start's."""
-    return name != "lock.json" and not (name.startswith(".") and ".tmp" in name)
+def _is_foreign(path: Path, cache: Path) -> bool:
+    """Whether a file in a folder without config.json is somebody's.
+
+    A killed start leaves others, and the cache may lie there.
+    """
+    ours = path.name == "lock.json" or (path.name.startswith(".") and ".tmp" in path.name)
+    return not ours and not cache.resolve().is_relative_to(path.resolve())
 
 
 def _folders_alike(parent: Path, mine: dict) -> list[tuple[Path, dict]]:
@@ -834,7 +854,8 @@ def _folders_alike(parent: Path, mine: dict) -> list[tuple[Path, dict]]:
 def _is_finished(folder: Path, runs: int) -> bool:
     with contextlib.suppress(UserError):
         results = read_json(folder / "results.json")
-        return bool(results.get("finished")) and len(results.get("runs", [])) >= runs
+        ended = [row for row in results.get("runs", []) if row.get("status") != "unfinished"]
+        return bool(results.get("finished")) and len(ended) >= runs
     return False
 
 

@@ -110,7 +110,7 @@ Cite Marcus et al. 2007 for OASIS-1, LaMontagne et al. 2019 for OASIS-3."""
 def model_card(run) -> str:
     """README.md of an export: what it is, its data, scores, memorisation, licence."""
     result = runtime.read_json(run.folder / "metrics.json")
-    data = runtime.read_json(run.folder.parent / "data_report.json")
+    data = runtime.read_json(run.folder.resolve().parent / "data_report.json")
     g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
     near, learned = g["memorised_share"], g["learned_memorised_share"]
     numbers = near["generated"], learned["generated"], near["planted_copies"]

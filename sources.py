@@ -98,8 +98,9 @@ _PREFERRED = (
 
 def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item], dict]:
     """Images or volumes below `root` in natural order, and the beginning of the report."""
-    if not root.is_dir():
-        problem = "is a file, not a folder" if root.exists() else "does not exist"
+    if not os.path.isdir(root):  # Path.is_dir raises where a folder above may not be read
+        there = os.path.exists(root)
+        problem = "is a file, not a folder" if there else "does not exist, or may not be read"
         if root.suffix.lower() in ARCHIVES:
             problem += ": unpack it, and give the folder"
         raise UserError(Exit.DATA, f"--data {printable(root)} {problem}; {LAYOUTS}")

@@ -1086,7 +1086,7 @@ class Contrast:
 
 def mean_distance(u: Tensor) -> float:
     """Mean Euclidean distance of all pairs among maps (B, C, h, w); 0 after a collapse."""
-    return torch.pdist(u.flatten(1)).mean().item()
+    return torch.pdist(u.flatten(1).cpu()).mean().item()
 
 
 # --- stage 5: denoiser --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Which way to put codebook indices before a GAN works, and is a GAN right there at all?
+"""Which way to show codebook indices to a GAN works, and is a GAN right there at all?
 
     python benchmarks/ablate.py RUN                  # every row that the CSV does not have
     python benchmarks/ablate.py RUN --rows pc1 raw   # these

@@ -240,13 +240,17 @@ def dcgan_plain(here: Inputs):
     return round_of(plain.dcgan_step, gan)
 
 
-def generate_here(here: Inputs):
+def generate_here(refined: bool, here: Inputs):
+    """refined: through the denoiser and the sharper decoder, or the DCGAN and VQ-VAE alone."""
     gan = a_gan(here, here.config, fused=True)
-    denoiser = modules.make_denoiser(here.config)
-    denoiser.fit(gan.code_map, torch.ones(here.config.codes))
+    denoiser, vqvae = None, gan.vqvae
+    if refined:
+        denoiser = modules.make_denoiser(here.config)
+        denoiser.fit(gan.code_map, torch.ones(here.config.codes))
+        vqvae = modules.widen_decoder(gan.vqvae, here.config)
     gan.G.eval()
     noise, level = gan.noise(0).repeat(2, 1), gan.levels.repeat(2)
-    networks = gan.G, gan.code_map, modules.widen_decoder(gan.vqvae, here.config)
+    networks = gan.G, gan.code_map, vqvae
 
     def generate():  # as predict.py does
         autocast = runtime.autocast(noise.device, here.config.precision)

@@ -88,7 +88,11 @@ GROUPS = {
     },
     "extract": {"here": sides.extract_here, PLAIN: sides.extract_plain},
     "dcgan": {"here": sides.dcgan_here, PLAIN: sides.dcgan_plain},
-    "generate": {"here": sides.generate_here, TRANSFORMER: sides.transformer_monai},
+    "generate": {
+        "here": functools.partial(sides.generate_here, True),
+        "here, unrefined": functools.partial(sides.generate_here, False),
+        TRANSFORMER: sides.transformer_monai,
+    },
     "open": {
         "here": sides.open_first,
         "here, again": sides.open_again,
@@ -139,6 +143,10 @@ LINES = (
     Line(
         "generation, noise to 256x256 slice", "generate", "here", TRANSFORMER, "slices/s",
         "300 slices/s, 10,000x",
+    ),
+    Line(
+        "the same by DCGAN and VQ-VAE alone, no denoiser, no sharper decoder", "generate",
+        "here, unrefined", TRANSFORMER, "slices/s", "",
     ),
     Line(f"opening {OPEN}, first time", "open", "here", LOADER, "s", "10 s"),
     Line(f"opening {OPEN}, again", "open", "here, again", LOADER, "s", "0.1 s"),

@@ -6,6 +6,7 @@ picture appears, no code of a stranger runs, and every ending has its exit code.
 
 import argparse
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from conftest import ROOT, SMALL, script
 import dataset
 import driver
 import predict
+import results
 import runtime
 import train
 from config import Config, Exit, UserError, config_from
@@ -167,6 +169,18 @@ def test_what_a_killed_writer_leaves_is_taken_over_and_cleared(writer, tmp_path,
         )
     dataset._remove_stale(tmp_path / "cache")
     assert temporaries(tmp_path) == []
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    import fcntl
+
+    def absent(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", absent)
+    with runtime.writing_alone(tmp_path):
+        pass
+    assert "has no locks" in capsys.readouterr().err
 
 
 def test_a_second_script_in_one_folder_is_exit_5(slices, tmp_path):
@@ -643,16 +657,18 @@ def test_results_leave_out_scores_that_are_not_finite(finished, tmp_path):
         folder.mkdir()
         text = (where / "out/seed-0/metrics.json").read_text()
         values = json.loads(text)
-        values["generation"][driver.SCORE]["generated"] = 12345.0
+        values["generation"][results.SCORE]["generated"] = 12345.0
         (folder / "metrics.json").write_text(json.dumps(values).replace("12345.0", score))
-    results = {n: driver.finished(tmp_path, n) for n in range(4)}
-    states = [row["status"] for row in results.values()]
+    rows = {seed: results.row_of(tmp_path, seed, 8) for seed in range(4)}
+    states = [row["status"] for row in rows.values()]
     assert states == ["diverged", "done", "diverged", "unfinished"]
-    driver.write_results(tmp_path, results, range(4))
+    results.write(tmp_path, rows)
     assert json.loads((tmp_path / "results.json").read_text())["best"] == "seed-1"
+    other = results.row_of(tmp_path, 1, 16)  # FD at another number of slices is another unit
+    assert other == {"status": "unfinished", "why": "scored with 8 slices, not 16"}
     (tmp_path / "seed-1/metrics.json").write_text("{}")
     with pytest.raises(UserError, match=r"metrics\.json"):
-        driver.finished(tmp_path, 1)
+        results.row_of(tmp_path, 1, 8)
 
 
 def test_a_score_that_is_not_finite_is_never_written(tmp_path):

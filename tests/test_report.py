@@ -267,6 +267,13 @@ def test_one_run_without_slice_levels(tmp_path, drawn):
     page = Page(report.page(tmp_path / "out", run, data))
     assert [film["max"] for film in page.all("input", "type", "range")] == ["23"]
     assert "no slice levels" in page.text and "One run says nothing" in page.text
+    for ask in (
+        lambda: run.sample(1, level=0.5),
+        lambda: run.sweep(2),
+        lambda: run.walk(2, 0, 0.5),
+    ):
+        with pytest.raises(ValueError, match="no slice levels"):
+            ask()
     assert not page.all("tfoot") and not page.all("p", "class", "stamp")
 
 

@@ -71,7 +71,7 @@ def test_presets_are_valid_and_differ_from_the_default():
 ORDER = [
     "config", "embedded", "decoding", "modules", "optimizers", "metrics", "figures",
     "processes", "runtime", "sources", "dataset", "train", "evaluation", "report", "sharing",
-    "predict", "driver",
+    "results", "predict", "driver",
 ]  # fmt: skip
 
 

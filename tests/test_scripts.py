@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import cv2
 import nibabel
@@ -16,6 +18,8 @@ from conftest import ROOT, SMALL, script
 from PIL import Image
 
 import predict
+import runtime
+from config import Config, UserError
 from dataset import PRIVATE
 
 TRAINED = "vqvae", "decoder", "dcgan", "denoiser"  # stages that leave a network
@@ -188,16 +192,38 @@ def test_reconstruct_takes_any_folder(finished, slices):
     assert len(list((where / "1").glob("0*.png"))) == 1
 
 
-def test_evaluate_repeats_the_scores(finished):
+def test_evaluate_repeats_the_scores_and_renews_the_table_of_runs(finished):
     where, _ = finished
-    path = where / "out/seed-0/metrics.json"
-    before = json.loads(path.read_text())
-    done = script("predict.py", "evaluate", "out/seed-0", cwd=where)
+    path, table = where / "out/seed-0/metrics.json", where / "out/results.json"
+    before, runs = json.loads(path.read_text()), json.loads(table.read_text())
+    (where / "out/seed-0/figures/.a.tmp1").touch()  # of a killed process
+    others = [where / ".b.tmp1", where / "out/cache/.c.tmp1"]  # in use, for all we know
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.touch()
+    # As a kill leaves it between a seed's scores and the table: another one is the best.
+    killed = [{**row, "rank": None, "status": "unfinished"} for row in runs["runs"][:1]]
+    worse = {**runs, "best": "seed-1", "runs": killed + runs["runs"][1:]}
+    table.write_text(json.dumps(worse))
+    done = script("predict.py", "evaluate", ".", cwd=where / "out/seed-0")
     assert done.returncode == 0, done.stderr
     after = json.loads(path.read_text())
     for values in (before, after):
         del values["peak_memory_mb"]
     assert before == after
+    assert json.loads(table.read_text()) == runs
+    assert not list(where.glob("out/seed-0/**/.*.tmp*")) and all(o.exists() for o in others)
+
+
+def test_a_seeds_folder_by_itself_is_scored_and_leaves_its_neighbours_alone(finished, tmp_path):
+    where, _ = finished
+    shutil.copytree(where / "out/seed-0", tmp_path / "seed-0")
+    (tmp_path / ".mine.tmp").touch()
+    done = script(
+        "predict.py", "evaluate", "seed-0", "--cache", where / "runs/cache", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"seed-0", ".mine.tmp"}
 
 
 def test_a_moved_folder_still_generates(finished):
@@ -347,6 +373,16 @@ def test_a_folder_of_something_else_is_exit_5(slices, tmp_path):
     (tmp_path / "other/thesis.tex").write_text("")
     done = script("driver.py", "--data", slices, "--out", "other", *SMALL, cwd=tmp_path)
     assert done.returncode == 5 and "other files" in done.stderr
+    assert not (tmp_path / "runs").exists()  # nothing was decoded for it
+
+
+def test_the_cache_may_lie_in_the_folder_of_results(tmp_path):
+    config = Config(out=str(tmp_path / "a"), cache=str(tmp_path / "a/b/cache"))
+    (tmp_path / "a/b/cache").mkdir(parents=True)  # as a start leaves it that ended there
+    runtime.check_out(config)
+    runtime.results_folder(config, "data", False)
+    with pytest.raises(UserError, match="other files"):
+        runtime.check_out(replace(config, out=str(tmp_path / "a/b/cache/.."), cache="x"))
 
 
 def test_no_terminal_no_display_and_plain_ascii(slices, tmp_path):
