@@ -89,7 +89,7 @@ def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
             return {"status": "diverged", "why": str(problem)}
         minutes = (time.monotonic() - start) / 60
         runtime.say(f"seed {seed}: {minutes:.1f} min, in {run.folder}")
-    return results.row_of(folder, seed, slices_compared(config, data), result)
+    return results.scored_row(result)
 
 
 def print_table(folder: Path, rows: dict[int, dict]):

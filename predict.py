@@ -553,8 +553,7 @@ def evaluate_command(run: TrainedRun, arguments):
         if ours and (folder / "results.json").exists():  # stages by hand make none
             if is_own_number(run):
                 rows = results.rows_in(folder)
-                n = result["generation"]["n"]
-                rows[run.seed] = results.row_of(folder, run.seed, n, result)
+                rows[run.seed] = results.scored_row(result)
                 results.write(folder, rows)
             save_report(folder, data, str(run.device))
 

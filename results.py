@@ -15,27 +15,32 @@ SCORE = (
 )
 
 
-def row_of(folder: Path, seed: int, n: int, metrics: dict | None = None) -> dict:
-    """A row for one seed, from `metrics` or its metrics.json if it has one.
+def row_of(folder: Path, seed: int, n: int) -> dict:
+    """A row for one seed, from its metrics.json if it has one.
 
     n: slices of each kind that runs are compared by. FD at another n is another unit, so what
     was scored with another is not finished.
     """
     path = folder / f"seed-{seed}" / "metrics.json"
-    if metrics is None:
-        if not path.exists():
-            return diverged(folder, seed) or {"status": "unfinished"}
-        metrics = runtime.read_json(path)
+    if not path.exists():
+        return diverged(folder, seed) or {"status": "unfinished"}
+    metrics = runtime.read_json(path)
     with runtime.reading(path):
-        r, g = (metrics[name] for name in ("reconstruction", "generation"))
-        if g["n"] != n:
-            return {"status": "unfinished", "why": f"scored with {g['n']} slices, not {n}"}
-        test = {name: r[name]["mean"] for name in ("ssim", "ssim_in_brain", "psnr_db")}
-        names = ("fd_test", "fd_train", "coverage", "recall", "ms_ssim_of_pairs")
-        test |= {name: g[name]["generated"] for name in names}
-        validation = {SCORE: g[SCORE]["generated"]}
-        if not all(map(math.isfinite, [*test.values(), *validation.values()])):
-            return {"status": "diverged", "why": "a score is not finite"}
+        scored = metrics["generation"]["n"]
+        if scored != n:
+            return {"status": "unfinished", "why": f"scored with {scored} slices, not {n}"}
+        return scored_row(metrics)
+
+
+def scored_row(metrics: dict) -> dict:
+    """A row from the scores of a run, as they are in its metrics.json."""
+    r, g = (metrics[name] for name in ("reconstruction", "generation"))
+    test = {name: r[name]["mean"] for name in ("ssim", "ssim_in_brain", "psnr_db")}
+    names = ("fd_test", "fd_train", "coverage", "recall", "ms_ssim_of_pairs")
+    test |= {name: g[name]["generated"] for name in names}
+    validation = {SCORE: g[SCORE]["generated"]}
+    if not all(map(math.isfinite, [*test.values(), *validation.values()])):
+        return {"status": "diverged", "why": "a score is not finite"}
     return {"status": "done", "validation": validation, "test": test}
 
 
