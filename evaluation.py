@@ -31,9 +31,14 @@ CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 
 
 def parts_of(measure, split: BrainSlices) -> Iterator[Tensor]:
-    """`measure` of all slices of a split, a few at a time."""
-    parts = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / PART)))
-    return (measure(split.batch(part)) for part in parts)
+    """`measure` of all slices of a split, a few at a time.
+
+    What a part took is handed back after it: with what is kept of parts between, memory would
+    creep up, the larger the split.
+    """
+    for rows in np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / PART))):
+        yield measure(split.batch(rows))
+        runtime.release_memory()
 
 
 def shared_parts(
@@ -41,7 +46,7 @@ def shared_parts(
 ) -> Iterator[Tensor]:
     """`measure` of many slices (or all), in order, by all processes together.
 
-    Each measures a share of every part, and all get the whole.
+    Each measures a share of every part, and all get the whole. Memory as `parts_of`.
     """
     indices = np.arange(len(split)) if indices is None else indices
     n = PART * processes.count()
@@ -50,6 +55,7 @@ def shared_parts(
         mine = rows[processes.share(len(rows))]
         found = [measure(split.batch(mine))] if len(mine) else []
         yield torch.cat([part for each in processes.collected(found) for part in each])
+        runtime.release_memory()
 
 
 def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
@@ -486,6 +492,7 @@ def evaluate(run, data: Data) -> tuple[dict, Scorer]:
         )
     reconstruction, codebook = score_reconstruction(run, data.test)
     scorer = Scorer(run, data)
+    runtime.release_memory()
     result = {
         "seed": run.seed,
         "stamp": run.stamp,

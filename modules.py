@@ -69,8 +69,24 @@ class UpsampleConv(nn.Conv2d):
         parities = cells(F.conv2d(x, folded.flatten(0, 2), padding=1))    # (B*H*W, 4*out)
         B, _, H, W = x.shape
         out = self.out_channels
-        rows = parities.view(B, H, W, 2, 2 * out).transpose(2, 3)         # (B, H, 2, W, 2*out)
-        return rows.reshape(B, 2 * H, 2 * W, out).permute(0, 3, 1, 2)     # (B, out, 2H, 2W)
+        rows = Swap.apply(parities.view(B, H, W, 2, 2 * out))             # (B, H, 2, W, 2*out)
+        return rows.view(B, 2 * H, 2 * W, out).permute(0, 3, 1, 2)        # (B, out, 2H, 2W)
+
+
+class Swap(torch.autograd.Function):
+    """(B, H, a, b, n) -> (B, H, b, a, n), n even: a copy that moves two numbers as one.
+
+    Of a single channel, whose runs are of two numbers, in a third to a tenth of the time.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        pair = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[x.element_size()]
+        return x.contiguous().view(pair).transpose(2, 3).contiguous().view(x.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Swap.apply(gradient)
 
 
 def make_encoder(full: int, half: int) -> nn.Sequential:
@@ -117,21 +133,21 @@ class Quantized(NamedTuple):
 
 
 class StraightThrough(torch.autograd.Function):
-    """Code vectors forward; backward, the gradient goes to z = W a + b as if they were z.
+    """Code vectors forward; backward, the gradient goes to z = V h as if they were z.
 
     van den Oord et al. 2017, section 3.2. z itself, D numbers a cell, is never made.
     """
 
     @staticmethod
-    def forward(ctx, a, weight, bias, codebook, indices):
-        ctx.save_for_backward(a, weight)
-        return F.embedding(indices, codebook)                             # (N, D)
+    def forward(ctx, H, V, codebook, indices):
+        """H (N, A + 1), a row is h = (a, 1); V (D, A + 1); -> (N, D)."""
+        ctx.save_for_backward(H, V)
+        return F.embedding(indices, codebook)
 
     @staticmethod
     def backward(ctx, gradient):
-        a, weight = (x.to(gradient.dtype) for x in ctx.saved_tensors)
-        through = (gradient @ weight, gradient.T @ a, gradient.sum(0))    # (N, A) (D, A) (D,)
-        return (*(x.float() for x in through), None, None)
+        H, V = (x.to(gradient.dtype) for x in ctx.saved_tensors)
+        return (gradient @ V).float(), (gradient.T @ H).float(), None, None
 
 
 class Quantizer(nn.Module):
@@ -176,20 +192,29 @@ class Quantizer(nn.Module):
 
     def forward(self, a: Tensor, projection: nn.Conv2d, dtype=torch.float32) -> Quantized:
         """a (B, A, h, w) float32, the input of the 1x1 `projection` to D channels z."""
-        B, A, h, w = a.shape
+        B, _, h, w = a.shape
         weight, bias = projection.weight.flatten(1), projection.bias      # (D, A), (D,)
-        flat = a.permute(0, 2, 3, 1).reshape(-1, A)                       # (N, A)
+        V = torch.cat([weight, bias[:, None]], 1)                         # (D, A + 1)
+        flat, e = cells(a), self.codebook                                 # (N, A), (K, D)
+        H = F.pad(flat, (0, 1), value=1.0)                                # (N, A + 1): z = V h
         indices = self.search(flat.detach(), weight, bias)                # (N,)
-        counts, sums = self.statistics(flat.detach(), indices, weight, bias)
-        embedding = StraightThrough.apply(flat, weight, bias, self.codebook.to(dtype), indices)
-        errors = self.errors(flat, weight, bias, indices)                 # (N,)
+        embedding = StraightThrough.apply(H, V, e.to(dtype), indices)     # (N, D)
+        errors = self.errors(flat, weight.detach(), bias.detach(), indices)
+        seen = H.detach()
+        sums = seen.new_zeros(len(e), seen.shape[1]).index_add_(0, indices, seen)
+        squares = seen.T @ seen                                           # (A + 1, A + 1)
+        numbers = len(flat) * e.shape[1]
         return Quantized(
             embedding=embedding.view(B, h, w, -1).permute(0, 3, 1, 2),    # (B, D, h, w)
             indices=indices.view(B, h, w),
-            codebook_loss=self.codebook_loss(counts, sums, errors.detach()),
-            commitment=errors.mean() / len(weight),
-            counts=counts,
-            sums=sums,
+            codebook_loss=(
+                errors.detach().sum() + slope(total_error(e, V.detach(), sums, squares))
+            ) / numbers,
+            commitment=(
+                errors.sum() + slope(total_error(e.detach(), V, sums, squares))
+            ) / numbers,
+            counts=sums[:, -1].contiguous(),
+            sums=sums @ V.detach().T,                                     # (K, D)
             inputs=flat.detach(),
             errors=errors.detach(),
         )
@@ -201,21 +226,6 @@ class Quantizer(nn.Module):
         chosen = F.embedding(indices, keys)                               # (N, A + 1)
         squares = (a @ (weight.T @ weight) + chosen[:, :-1]) * a          # (N, A)
         return (squares.sum(1) + chosen[:, -1]).clamp_min(0)              # (N,)
-
-    def codebook_loss(self, counts: Tensor, sums: Tensor, errors: Tensor) -> Tensor:
-        """mean |sg(z) - e|^2, from what each code was chosen by; its gradient is e's alone."""
-        e, held = self.codebook, self.codebook.detach()
-        change = counts * (e.square() - held.square()).sum(1) - 2 * ((e - held) * sums).sum(1)
-        return (errors.sum() + change.sum()) / (len(errors) * e.shape[1])
-
-    @torch.no_grad()
-    def statistics(self, a, indices, weight, bias) -> tuple[Tensor, Tensor]:
-        """Count (K,) and sum (K, D) of z per code; summed before the projection, A numbers."""
-        K = len(self.codebook)
-        # Not bincount, for which a GPU would be waited for.
-        counts = a.new_zeros(K).index_add_(0, indices, torch.ones_like(a[:, 0]))
-        sums = a.new_zeros(K, a.shape[1]).index_add_(0, indices, a)       # (K, A)
-        return counts, sums @ weight.T + counts[:, None] * bias           # (K, D)
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, decay: float):
@@ -252,6 +262,22 @@ class Quantizer(nn.Module):
         return len(dead)
 
 
+def total_error(codebook: Tensor, V: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
+    """Sum of |V h - e|^2 over N positions: (), from few numbers.
+
+    V (D, A + 1), h = (a, 1); codebook (K, D); sums (K, A + 1) of the h that chose each code;
+    squares (A + 1, A + 1), the sum of h h'. With it V and the codes learn from N positions
+    without another look at them.
+    """
+    own = (V.T @ V * squares).sum() + sums[:, -1] @ codebook.square().sum(1)
+    return own - 2 * (sums @ V.T * codebook).sum()
+
+
+def slope(x: Tensor) -> Tensor:
+    """0, with the gradient of x."""
+    return x - x.detach()
+
+
 def best(scores: Tensor) -> Tensor:
     """Column (N,) of the highest of each row (N, K): argmax, in less than half of its time."""
     return scores.max(1).indices
@@ -264,6 +290,8 @@ def project(a: Tensor, projection: nn.Conv2d) -> Tensor:
 
 class VQVAE(nn.Module):
     """(B, 1, 256, 256) -> encoder -> quantiser (64x64 codes) -> decoder -> (B, 1, 256, 256)."""
+
+    FEW = 16  # images that a CPU's cache holds: so many at a time, where nothing is learned
 
     def __init__(
         self,
@@ -307,16 +335,20 @@ class VQVAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) -> index maps (B, h, w) int64."""
-        a = self.encoded(x)                                               # (B, A, h, w)
-        flat = cells(a.float())                                           # (N, A)
-        if not torch.isfinite(flat).all():  # the argmin of NaN would be code 0, a fine picture
-            raise FloatingPointError("the encoder's output is not finite")
-        weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
-        return self.quantizer.search(flat, weight, bias).view(len(x), *a.shape[2:])
+        maps = []
+        for part in x.split(self.FEW):
+            a = self.encoded(part)                                        # (n, A, h, w)
+            flat = cells(a.float())                                       # (N, A)
+            if not torch.isfinite(flat).all():  # NaN's argmin would be code 0, a fine picture
+                raise FloatingPointError("the encoder's output is not finite")
+            weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
+            indices = self.quantizer.search(flat, weight, bias)           # (N,)
+            maps.append(indices.view(len(part), *a.shape[2:]))
+        return torch.cat(maps)
 
     def decode(self, indices: Tensor) -> Tensor:
         """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1]."""
-        images = self.decode_raw(indices)                                 # (B, 1, 4h, 4w)
+        images = torch.cat([self.decode_raw(part) for part in indices.split(self.FEW)])
         if not torch.isfinite(images).all():
             raise FloatingPointError("the decoder's output is not finite")
         return images.clamp(0, 1)
@@ -626,7 +658,7 @@ class Generator(nn.Module):
         layers = []
         for i, out in enumerate(widths):
             if i == 0:
-                up = nn.ConvTranspose2d(ins, out, sizes[0], bias=False)
+                up = FromOne(ins, out, sizes[0], bias=False)
             else:
                 up = UpTo(ins, out, sizes[i], bias=False)
             layers += [up, nn.BatchNorm2d(out), nn.ReLU()]
@@ -642,6 +674,15 @@ class Generator(nn.Module):
         if self.conditional:
             noise = torch.cat([noise, level_features(level)], 1)          # (B, Z + L)
         return self.layers(noise[:, :, None, None])                       # (B, C, h, w)
+
+
+class FromOne(nn.ConvTranspose2d):
+    """A transposed convolution of one cell (B, ins, 1, 1), without padding: a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.permute(0, 2, 3, 1)                          # (ins, h, w, outs)
+        y = x.flatten(1) @ weight.flatten(1)                              # (B, h*w*outs)
+        return y.view(len(x), *weight.shape[1:]).permute(0, 3, 1, 2)      # (B, outs, h, w)
 
 
 class UpTo(nn.ConvTranspose2d):

@@ -47,11 +47,12 @@ class Muon(torch.optim.Adam):
         if len(matrix) > matrix.shape[1]:
             return cls.orthogonal(matrix.T).T * (len(matrix) / matrix.shape[1]) ** 0.5
         x, (a, b, c) = matrix / (matrix.norm() + 1e-7), cls.QUINTIC
-        gram = x @ x.T  # of x as it becomes; the products of (m, m) are the cheap ones
-        one = whole = torch.eye(len(x), device=x.device)
-        for _ in range(5):
-            factor = a * one + b * gram + c * gram @ gram  # x would become factor @ x
-            whole, gram = factor @ whole, factor @ gram @ factor
+        one, gram = torch.eye(len(x), device=x.device), x @ x.T  # (m, m): small products
+        whole = factor = a * one + b * gram + c * gram @ gram  # x would become factor @ x
+        for _ in range(4):
+            gram = factor @ gram @ factor  # of what x would have become
+            factor = a * one + b * gram + c * gram @ gram
+            whole = factor @ whole
         return whole @ x
 
 

@@ -225,8 +225,7 @@ class TrainedRun:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Slices (n, 1, 256, 256) [0,1] -> index maps (n, 64, 64)."""
-        parts = images.split(32)
-        return torch.cat([self.vqvae.encode(part.to(self.device)).cpu() for part in parts])
+        return self.vqvae.encode(images.to(self.device)).cpu()
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,8 +236,7 @@ class TrainedRun:
     @torch.no_grad()
     def decode(self, maps: Tensor) -> Tensor:
         """Index maps (n, h, w), of any size -> slices (n, 1, 4h, 4w) [0,1]."""
-        parts = maps.split(32)
-        return torch.cat([self.vqvae.decode(part.to(self.device)).cpu() for part in parts])
+        return self.vqvae.decode(maps.to(self.device)).cpu()
 
     def ranks(self, maps: Tensor) -> np.ndarray:
         """Index maps as ranks 0..U-1, for pictures: similar numbers are similar codes."""

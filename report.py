@@ -212,7 +212,8 @@ def samples(run, data: Data) -> dict:
     maps, images = run.sample(SAMPLES)
     unseen = data.test.batch(evenly(len(data.test), UNSEEN))
     bank = evaluation.parts_of(metrics.thumbnails, data.train)  # goes by once, for both
-    distances, rows = metrics.nearest(torch.cat([images, unseen]), bank, k=1)
+    wanted = torch.cat([metrics.thumbnails(x) for x in (images, unseen)])
+    distances, rows = metrics.nearest(wanted, bank, k=1)
     near = data.train.batch(rows[:SAMPLES, 0])[:, 0].numpy()
     columns = images[:, 0].numpy(), run.ranks(maps), near, distances[:SAMPLES, 0].tolist()
     used = len(run.code_map.used)

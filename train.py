@@ -441,9 +441,9 @@ def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
     validation = run.data.validation
     rows = evenly(len(validation), 128)
     images = validation.batch(rows[processes.share(len(rows))])
-    indices = [model.encode(part.to(run.device)) for part in images.split(32)]
-    outputs = torch.cat([model.decode(part).cpu() for part in indices])
-    counts = torch.bincount(torch.cat(indices).flatten().cpu(), minlength=run.config.codes)
+    indices = model.encode(images.to(run.device))
+    outputs = model.decode(indices).cpu()
+    counts = torch.bincount(indices.flatten().cpu(), minlength=run.config.codes)
     processes.sum_(counts)
     scores = likeness(images, outputs)
     stage.offer(-scores["ssim_validation"], model=model)
@@ -768,16 +768,18 @@ def window_of(
 ) -> tuple[tuple, tuple, tuple]:
     """A random window of whole cells, as indices of images (.., H, W), maps, decoded cells.
 
-    It lies in the box. The cells are those of the window and `margin` more on each side, as
-    far as there are any: at a map's edge the decoder pads, as it does for whole maps.
+    It lies in the box. The cells are those of the window and `margin` more on each side, and
+    near a map's edge, where the decoder pads as it does for whole maps, as many in all: blocks
+    of memory of other sizes at every step would leave holes in it.
     """
     scale = images.shape[-1] // maps.shape[-1]  # pixels to a cell
     side = WINDOW // scale
     window, cells, inside = [...], [...], [...]
-    for within in (box.rows, box.columns):
+    for within, length in zip((box.rows, box.columns), maps.shape[1:], strict=True):
+        count = min(length, side + 2 * margin)
         start = torch.randint(within.start, within.stop - side + 1, (), generator=draw).item()
-        first = max(0, start - margin)
-        cells.append(slice(first, start + side + margin))
+        first = min(max(0, start - margin), length - count)
+        cells.append(slice(first, first + count))
         window.append(slice(scale * start, scale * start + WINDOW))
         inside.append(slice(scale * (start - first), scale * (start - first) + WINDOW))
     return tuple(window), tuple(cells), tuple(inside)
@@ -822,7 +824,7 @@ def measure_decoder(average: VQVAE, real: RealMaps, stage: Stage) -> dict:
     rows = evenly(len(validation), 128)
     rows = rows[processes.share(len(rows))]
     maps = real.real_maps(validation.rows[rows])
-    outputs = torch.cat([average.decode(part).cpu() for part in maps.split(32)])
+    outputs = average.decode(maps).cpu()
     scores = likeness(validation.batch(rows), outputs)
     stage.offer(1 - scores["ssim_validation"], alike=SSIM_ALIKE, model=average)
     return scores
@@ -1056,8 +1058,7 @@ class Contrast:
         run, self.code_map, self.vqvae = real.run, real.code_map, vqvae
         rows = evenly(len(run.data.train), 128)
         maps, levels = real.real_maps(run.data.train.rows[rows]), real.levels[rows]
-        images = torch.cat([vqvae.decode(part) for part in maps.split(32)])
-        self.wanted = metrics.detail_strength(images).mean().item()
+        self.wanted = metrics.detail_strength(vqvae.decode(maps)).mean().item()
         numbers, mine = range(len(rows)), processes.share(len(rows))
         size, table = run.config.noise_dim, real.level_table
         noise, _ = modules.noise_of(numbers, size, run.seed, table, MONITOR)

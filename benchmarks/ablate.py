@@ -311,7 +311,7 @@ class Autoregressive:
             ranks = torch.cat([self.prior.draw(part) for part in self.noise(n)[1].split(128)])
         maps = self.base.code_map.used[ranks]
         with torch.no_grad():
-            return maps, torch.cat([self.base.vqvae.decode(part) for part in maps.split(32)])
+            return maps, self.base.vqvae.decode(maps)
 
 
 def train_autoregressive(run: train.Run, base: predict.TrainedRun):

@@ -206,7 +206,7 @@ def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
     codebook, channels = model.quantizer.codebook, config.map_channels
     code_map = modules.CodeMap.fit(codebook, counts, config.order, channels)
     with torch.no_grad():
-        many = torch.cat([model.encode(part) for part in here.slices(512).split(64)])
+        many = model.encode(here.slices(512))
     same = (many == many[0]).all(0)  # (64, 64)
     box = code_map.box = modules.Box(torch.where(same, many[0], -1))
     G = train.seeded(0, 1, lambda: modules.make_generator(config, box.size))

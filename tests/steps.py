@@ -103,6 +103,12 @@ def decoder_steps() -> dict:
 def gan_steps() -> dict:
     gan = without_files()
     gan.networks()
+    for layers in (gan.G.layers, gan.D.layers, gan.average.layers):
+        for i, layer in enumerate(layers):
+            if isinstance(layer, torch.nn.ReLU | torch.nn.LeakyReLU):
+                layers[i] = (
+                    torch.nn.SiLU()
+                )  # rounding carries many a one of those over its kink
     gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=1e-2)
     gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
     parts, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []

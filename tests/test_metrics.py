@@ -182,9 +182,9 @@ def test_brain_mask_fills_holes():
     x = torch.zeros(2, 1, 64, 64)
     x[0, 0, 10:30, 20:50] = 0.5
     x[0, 0, 15:20, 30:40] = 0  # a ventricle
-    assert (
-        metrics.brain_mask(x)[0, 10:30, 20:50].all() and metrics.brain_mask(x)[0].sum() == 600
-    )
+    x[0, 0, 20, 0] = x[0, 0, 2, 35] = 0.5  # specks beside it and above
+    mask = metrics.brain_mask(x)[0]
+    assert mask[10:30, 20:50].all() and mask.sum() == 602
     y = noisy(x, 0.1)  # without a brain, the whole frame counts
     torch.testing.assert_close(metrics.ssim_in_brain(x, y)[1], metrics.ssim(x, y)[1])
 
@@ -251,6 +251,8 @@ def test_high_pass_takes_away_the_local_mean():
     x = torch.rand(2, 1, 20, 30)
     wanted = x - torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
     torch.testing.assert_close(metrics.high_pass(x), wanted, atol=1e-6, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(metrics.high_pass(x), wanted, atol=1e-6, rtol=0)
 
 
 def test_fine_features_see_grain_and_blur_that_coarse_ones_hardly_see():

@@ -17,6 +17,7 @@ from modules import (
     CodeMap,
     Denoiser,
     Discriminator,
+    FromOne,
     Generator,
     PatchDiscriminator,
     Quantizer,
@@ -116,10 +117,10 @@ def test_straight_through_gives_the_decoder_codes_and_the_encoder_its_gradient()
     out = q(a, projection)
     codes = q.codebook[out.indices].permute(0, 3, 1, 2)
     torch.testing.assert_close(out.embedding, codes)
-    pull = torch.randn_like(codes)
-    (gradient,) = torch.autograd.grad((out.embedding * pull).sum(), a)
-    (direct,) = torch.autograd.grad((projection(a) * pull).sum(), a)
-    torch.testing.assert_close(gradient, direct)
+    pull, learners = torch.randn_like(codes), (a, *projection.parameters())
+    gradients = torch.autograd.grad((out.embedding * pull).sum(), learners)
+    direct = torch.autograd.grad((projection(a) * pull).sum(), learners)
+    torch.testing.assert_close(gradients, direct)
 
 
 def test_codebook_term_moves_codes_only():
@@ -140,9 +141,10 @@ def test_commitment_term_moves_the_encoder_only():
     z = projection(a).permute(0, 2, 3, 1)
     e = q.codebook[out.indices].detach()
     torch.testing.assert_close(out.commitment, F.mse_loss(z, e))
-    (gradient,) = torch.autograd.grad(out.commitment, a, retain_graph=True)
-    (expected,) = torch.autograd.grad(F.mse_loss(z, e), a)
-    torch.testing.assert_close(gradient, expected)
+    learners = a, *projection.parameters()
+    gradients = torch.autograd.grad(out.commitment, learners, retain_graph=True)
+    expected = torch.autograd.grad(F.mse_loss(z, e), learners)
+    torch.testing.assert_close(gradients, expected)
     assert torch.autograd.grad(out.commitment, q.codebook, allow_unused=True) == (None,)
 
 
@@ -190,10 +192,18 @@ def test_revival_sets_vector_sum_and_count_and_survives_the_next_update():
     torch.testing.assert_close(q.codebook[3], revived)
 
 
-def test_folded_upsampling_is_upsampling_and_convolution():
-    conv, x = UpsampleConv(8, 5, "nearest"), torch.randn(2, 8, 7, 9)
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_folded_upsampling_is_upsampling_and_convolution(channels, dtype):
+    """To 5e-5, in bfloat16 to 0.1; gradients as well, which are sums of more."""
+    conv = UpsampleConv(8, channels, "nearest").to(dtype)
+    x = torch.randn(2, 8, 7, 9).to(dtype).requires_grad_()
     plain = F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, padding=1)
-    torch.testing.assert_close(conv(x), plain, atol=2e-6, rtol=1e-5)
+    near = dict.fromkeys(("atol", "rtol"), 0.1 if dtype == torch.bfloat16 else 5e-5)
+    torch.testing.assert_close(conv(x), plain, **near)
+    pull = torch.randn_like(plain)
+    ours, theirs = (torch.autograd.grad(y, (x, conv.weight), pull) for y in (conv(x), plain))
+    torch.testing.assert_close(ours, theirs, **near)
 
 
 def test_pooling_before_relu_is_relu_before_pooling():
@@ -445,6 +455,13 @@ def test_dcgan_shapes(batch_norm, size):
     assert scores.shape == (4,)
     scores.sum().backward()
     assert (v.grad.abs().amax((0, 1)) > 0).all()
+
+
+def test_the_first_layer_of_the_generator_is_a_transposed_convolution():
+    first = FromOne(5, 6, (4, 3), bias=False)
+    plain, x = torch.nn.ConvTranspose2d(5, 6, (4, 3), bias=False), torch.randn(2, 5, 1, 1)
+    plain.load_state_dict(first.state_dict())
+    torch.testing.assert_close(first(x), plain(x))
 
 
 def test_a_layer_of_the_generator_is_the_first_cells_of_the_whole():

@@ -526,6 +526,7 @@ def test_windows_lie_everywhere_in_the_box_and_are_decoded_as_in_the_whole():
     for _ in range(200):
         window, cells, inside = train.window_of(whole, maps, box, margin, draw)
         starts.add((window[1].start, window[2].start))
+        assert maps[cells].shape == (2, 32 + 2 * margin, 32 + 2 * margin)
         found = model.decode_raw(maps[cells])[inside]
         assert torch.allclose(found, whole[window], atol=1e-6 * whole.abs().max().item())
     assert {top for top, _ in starts} == set(range(0, 129, 4))
