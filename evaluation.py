@@ -26,6 +26,7 @@ from dataset import BrainSlices, Data, evenly
 from modules import generator_of
 
 PART = 128  # slices in memory at a time
+HAND_BACK = 4  # parts between two times that free memory is handed back
 LARGE = 2**22  # bytes of features that stay in memory: some 6,000 slices
 CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 
@@ -33,12 +34,14 @@ CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 def parts_of(measure, split: BrainSlices) -> Iterator[Tensor]:
     """`measure` of all slices of a split, a few at a time.
 
-    What a part took is handed back after it: with what is kept of parts between, memory would
-    creep up, the larger the split.
+    Now and then, what parts took is handed back: with what is kept of them between, memory
+    would creep up, the larger the split.
     """
-    for rows in np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / PART))):
+    parts = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / PART)))
+    for number, rows in enumerate(parts):
         yield measure(split.batch(rows))
-        runtime.release_memory()
+        if number % HAND_BACK == 0:
+            runtime.release_memory()
 
 
 def shared_parts(
@@ -50,12 +53,13 @@ def shared_parts(
     """
     indices = np.arange(len(split)) if indices is None else indices
     n = PART * processes.count()
-    for start in range(0, len(indices), n):
+    for number, start in enumerate(range(0, len(indices), n)):
         rows = indices[start : start + n]
         mine = rows[processes.share(len(rows))]
         found = [measure(split.batch(mine))] if len(mine) else []
         yield torch.cat([part for each in processes.collected(found) for part in each])
-        runtime.release_memory()
+        if number % HAND_BACK == 0:
+            runtime.release_memory()
 
 
 def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:

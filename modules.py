@@ -120,7 +120,11 @@ def make_decoder(
 
 
 class Quantized(NamedTuple):
-    """What one pass through the quantiser yields; the statistics are for `Quantizer.update`."""
+    """What one pass through the quantiser yields.
+
+    The statistics are for `Quantizer.update`; after `backward`, which needs the codes as they
+    were.
+    """
 
     embedding: Tensor  # (B, D, h, w) code vectors, with the gradient of z (straight-through)
     indices: Tensor  # (B, h, w) int64
@@ -291,8 +295,6 @@ def project(a: Tensor, projection: nn.Conv2d) -> Tensor:
 class VQVAE(nn.Module):
     """(B, 1, 256, 256) -> encoder -> quantiser (64x64 codes) -> decoder -> (B, 1, 256, 256)."""
 
-    FEW = 16  # images that a CPU's cache holds: so many at a time, where nothing is learned
-
     def __init__(
         self,
         codes: int = 512,
@@ -335,23 +337,31 @@ class VQVAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) -> index maps (B, h, w) int64."""
-        maps = []
-        for part in x.split(self.FEW):
-            a = self.encoded(part)                                        # (n, A, h, w)
-            flat = cells(a.float())                                       # (N, A)
-            if not torch.isfinite(flat).all():  # NaN's argmin would be code 0, a fine picture
-                raise FloatingPointError("the encoder's output is not finite")
-            weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
-            indices = self.quantizer.search(flat, weight, bias)           # (N,)
-            maps.append(indices.view(len(part), *a.shape[2:]))
-        return torch.cat(maps)
+        return self.in_parts(self.encode_some, x)
+
+    def encode_some(self, x: Tensor) -> Tensor:
+        a = self.encoded(x)                                               # (B, A, h, w)
+        flat = cells(a.float())                                           # (N, A)
+        if not torch.isfinite(flat).all():  # the argmin of NaN would be code 0, a fine picture
+            raise FloatingPointError("the encoder's output is not finite")
+        weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
+        return self.quantizer.search(flat, weight, bias).view(len(x), *a.shape[2:])
 
     def decode(self, indices: Tensor) -> Tensor:
         """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1]."""
-        images = torch.cat([self.decode_raw(part) for part in indices.split(self.FEW)])
+        return self.in_parts(self.decode_some, indices)
+
+    def decode_some(self, indices: Tensor) -> Tensor:
+        images = self.decode_raw(indices)                                 # (B, 1, 4h, 4w)
         if not torch.isfinite(images).all():
             raise FloatingPointError("the decoder's output is not finite")
         return images.clamp(0, 1)
+
+    def in_parts(self, function, x: Tensor) -> Tensor:
+        """function(x), a few rows at a time, on the weights' device; it ends up where x is."""
+        device = self.quantizer.codebook.device
+        few = 16 if device.type == "cpu" else 128  # what a CPU's cache holds
+        return torch.cat([function(part.to(device)).to(x.device) for part in x.split(few)])
 
     def decode_raw(self, indices: Tensor) -> Tensor:
         """The same, neither clipped nor checked: for training."""
@@ -657,10 +667,7 @@ class Generator(nn.Module):
         widths = [8 * width, 4 * width, 2 * width, width] + [max(1, width // 2)] * (not classic)
         layers = []
         for i, out in enumerate(widths):
-            if i == 0:
-                up = FromOne(ins, out, sizes[0], bias=False)
-            else:
-                up = UpTo(ins, out, sizes[i], bias=False)
+            up = UpTo(ins, out, sizes[i], bias=False) if i else FromOne(ins, out, sizes[0])
             layers += [up, nn.BatchNorm2d(out), nn.ReLU()]
             ins = out
         last = UpTo(ins, channels, size) if classic else nn.Conv2d(ins, channels, 3, padding=1)
@@ -677,7 +684,10 @@ class Generator(nn.Module):
 
 
 class FromOne(nn.ConvTranspose2d):
-    """A transposed convolution of one cell (B, ins, 1, 1), without padding: a product."""
+    """The transposed convolution of one cell (B, ins, 1, 1), without bias: a product."""
+
+    def __init__(self, ins: int, outs: int, size: tuple[int, int]):
+        super().__init__(ins, outs, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.permute(0, 2, 3, 1)                          # (ins, h, w, outs)

@@ -225,7 +225,7 @@ class TrainedRun:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Slices (n, 1, 256, 256) [0,1] -> index maps (n, 64, 64)."""
-        return self.vqvae.encode(images.to(self.device)).cpu()
+        return self.vqvae.encode(images)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +236,7 @@ class TrainedRun:
     @torch.no_grad()
     def decode(self, maps: Tensor) -> Tensor:
         """Index maps (n, h, w), of any size -> slices (n, 1, 4h, 4w) [0,1]."""
-        return self.vqvae.decode(maps.to(self.device)).cpu()
+        return self.vqvae.decode(maps)
 
     def ranks(self, maps: Tensor) -> np.ndarray:
         """Index maps as ranks 0..U-1, for pictures: similar numbers are similar codes."""

@@ -256,8 +256,9 @@ def patches_of(maps: Tensor, images: Tensor, codes: int) -> tuple[Tensor, Tensor
     maps: (n, h, w), the index maps that were decoded to `images` (n, 1, 4h, 4w).
     """
     edge = (PATCH_PX - 4) // 2
-    around = F.unfold(images, PATCH_PX, padding=edge, stride=4)  # (n, 144, h*w)
-    rows = around.transpose(1, 2).flatten(0, 1)  # (n*h*w, 144)
-    sums = torch.zeros(codes, rows.shape[1]).index_add_(0, maps.flatten(), rows)
+    sums = torch.zeros(codes, PATCH_PX**2)
+    for cells, image in zip(maps, images, strict=True):
+        around = F.unfold(image, PATCH_PX, padding=edge, stride=4)  # (144, h*w)
+        sums.index_add_(0, cells.flatten(), around.T)
     counts = torch.bincount(maps.flatten(), minlength=codes)
     return (sums / counts[:, None].clamp(min=1)).view(codes, PATCH_PX, PATCH_PX), counts

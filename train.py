@@ -215,6 +215,8 @@ class Stage:
                 stage=self.name, nimg=self.nimg, seconds=round(self.seconds, 1),
                 images_per_s=round(rate, 1), lr=lr, **means, **measured,
             )  # fmt: skip
+        if measured:
+            runtime.release_memory()  # or what measuring took would lie among what steps take
 
 
 def set_lr(lr: float, optimizer: torch.optim.Optimizer):
@@ -441,9 +443,9 @@ def measure_vqvae(model: VQVAE, stage: Stage, run: Run) -> dict:
     validation = run.data.validation
     rows = evenly(len(validation), 128)
     images = validation.batch(rows[processes.share(len(rows))])
-    indices = model.encode(images.to(run.device))
-    outputs = model.decode(indices).cpu()
-    counts = torch.bincount(indices.flatten().cpu(), minlength=run.config.codes)
+    indices = model.encode(images)
+    outputs = model.decode(indices)
+    counts = torch.bincount(indices.flatten(), minlength=run.config.codes)
     processes.sum_(counts)
     scores = likeness(images, outputs)
     stage.offer(-scores["ssim_validation"], model=model)
@@ -559,7 +561,7 @@ def index_maps(model: VQVAE, run: Run) -> Iterator[np.ndarray]:
     starts = range(0, len(pixels), n)
     for start in runtime.progress(starts, total=len(starts), label="index maps"):
         part = pixels[start : start + n]
-        maps = encode_slices(model, part[processes.share(len(part))], run.device)
+        maps = encode_slices(model, part[processes.share(len(part))])
         yield np.concatenate(processes.collected(maps))
         run.signals.check(lambda: None)
 
@@ -586,10 +588,10 @@ def splits(run: Run) -> list[tuple[str, BrainSlices]]:
 
 
 @torch.no_grad()
-def encode_slices(model: VQVAE, pixels: np.ndarray, device: torch.device) -> np.ndarray:
+def encode_slices(model: VQVAE, pixels: np.ndarray) -> np.ndarray:
     """Slices (B, 256, 256) uint8 -> index maps (B, 64, 64) uint16."""
     images = torch.from_numpy(pixels.astype(np.float32) / 255)[:, None]  # (B, 1, 256, 256)
-    return model.encode(images.to(device)).cpu().numpy().astype(np.uint16)
+    return model.encode(images).numpy().astype(np.uint16)
 
 
 def histogram(maps: np.ndarray, rows: np.ndarray, codes: int) -> Tensor:

@@ -180,7 +180,7 @@ def search_vqp(dense: bool, here: Inputs):
 
 def extract_here(here: Inputs):
     model, pixels = some_vqvae(here, here.config), here.data.images
-    return lambda: train.encode_slices(model, pixels[:64], CPU), 64
+    return lambda: train.encode_slices(model, pixels[:64]), 64
 
 
 def extract_plain(here: Inputs):

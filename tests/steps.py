@@ -3,9 +3,10 @@
     python tests/steps.py OUT.pt
     torchrun --nproc_per_node 2 tests/steps.py OUT.pt
 
-Default networks, float32, few slices. How far the steps moved everything goes to OUT.pt, and is
-the same from any number of processes, up to rounding. Steps are plain gradient descent: Adam's
-first ones have one size, and make of a gradient that is rounding error alone a whole step.
+Default networks, but a DCGAN of smooth activations; float32, few slices. How far the steps
+moved everything goes to OUT.pt, and is the same from any number of processes, up to rounding.
+Steps are plain gradient descent: Adam's first ones have one size, and make of a gradient that
+is rounding error alone a whole step.
 """
 
 import sys
