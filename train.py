@@ -800,7 +800,8 @@ def judge_patches(decoding: Decoding, real: Tensor, fake: Tensor, stage) -> dict
         real_score, fake_score = D(both).float().chunk(2)  # (B, H/4, W/4) each
     d_loss, values = modules.relativistic_loss(real_score, fake_score), {}
     if stage.step % config.penalty_every == 0:
-        r1, r2 = modules.gradient_penalty(D, both).chunk(2)
+        with runtime.autocast(real.device, config.precision):
+            r1, r2 = modules.gradient_penalty(D, both).chunk(2)
         patches = real_score[0].numel()
         values = {"r1": r1.mean() / patches, "r2": r2.mean() / patches}  # of one logit
         weight = PATCH_GAMMA / 2 * config.penalty_every
@@ -944,10 +945,9 @@ def discriminator_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """D's loss, its logits (B,) of the real maps, and the penalties if they were due.
 
-    R1 and R2 come every `penalty_every` steps at that multiple of their weight.
-
-    Lazily, as Karras et al. 2020 (arXiv:1912.04958, appendix B), and in float32. BCE with
-    BatchNorm sees real and generated maps in separate batches, as the original did.
+    R1 and R2 come every `penalty_every` steps at that multiple of their weight: lazily, as in
+    Karras et al. 2020 (arXiv:1912.04958, appendix B). BCE with BatchNorm sees real and
+    generated maps in separate batches, as the original did.
     """
     config = gan.run.config
     if config.gan_loss == "bce":
@@ -961,7 +961,8 @@ def discriminator_loss(
     loss = modules.relativistic_loss(real_score, fake_score)
     if step % config.penalty_every:
         return loss, real_score, {}
-    r1, r2 = modules.gradient_penalty(gan.D, both, levels).chunk(2)
+    with runtime.autocast(gan.run.device, config.precision):
+        r1, r2 = modules.gradient_penalty(gan.D, both, levels).chunk(2)
     r1, r2 = r1.mean(), r2.mean()
     loss = loss + config.gamma / 2 * config.penalty_every * (r1 + r2)
     return loss, real_score, {"r1": r1, "r2": r2}

@@ -237,6 +237,7 @@ def dcgan_plain(here: Inputs):
     gan = a_gan(here, here.config, fused=False)
     for network in (gan.G, gan.D):
         network.to(memory_format=torch.contiguous_format)
+    gan.G.layers[0].__class__ = torch.nn.ConvTranspose2d
     return round_of(plain.dcgan_step, gan)
 
 
