@@ -137,21 +137,21 @@ class Quantized(NamedTuple):
 
 
 class StraightThrough(torch.autograd.Function):
-    """Code vectors forward; backward, the gradient goes to z = V h as if they were z.
+    """Code vectors forward; backward, the gradient goes to z = V (a, 1) as if they were z.
 
     van den Oord et al. 2017, section 3.2. z itself, D numbers a cell, is never made.
     """
 
     @staticmethod
-    def forward(ctx, H, V, codebook, indices):
-        """H (N, A + 1), a row is h = (a, 1); V (D, A + 1); -> (N, D)."""
-        ctx.save_for_backward(H, V)
+    def forward(ctx, rows, V, codebook, indices):
+        """rows (N, A + 1), each of them (a, 1); V (D, A + 1); -> (N, D)."""
+        ctx.save_for_backward(rows, V)
         return F.embedding(indices, codebook)
 
     @staticmethod
     def backward(ctx, gradient):
-        H, V = (x.to(gradient.dtype) for x in ctx.saved_tensors)
-        return (gradient @ V).float(), (gradient.T @ H).float(), None, None
+        rows, V = (x.to(gradient.dtype) for x in ctx.saved_tensors)
+        return (gradient @ V).float(), (gradient.T @ rows).float(), None, None
 
 
 class Quantizer(nn.Module):
@@ -200,13 +200,13 @@ class Quantizer(nn.Module):
         weight, bias = projection.weight.flatten(1), projection.bias      # (D, A), (D,)
         V = torch.cat([weight, bias[:, None]], 1)                         # (D, A + 1)
         flat, e = cells(a), self.codebook                                 # (N, A), (K, D)
-        H = F.pad(flat, (0, 1), value=1.0)                                # (N, A + 1): z = V h
+        rows = F.pad(flat, (0, 1), value=1.0)                             # (N, A + 1)
         indices = self.search(flat.detach(), weight, bias)                # (N,)
-        embedding = StraightThrough.apply(H, V, e.to(dtype), indices)     # (N, D)
+        embedding = StraightThrough.apply(rows, V, e.to(dtype), indices)  # (N, D)
         errors = self.errors(flat, weight.detach(), bias.detach(), indices)
-        seen = H.detach()
-        sums = seen.new_zeros(len(e), seen.shape[1]).index_add_(0, indices, seen)
-        squares = seen.T @ seen                                           # (A + 1, A + 1)
+        rows = rows.detach()
+        sums = rows.new_zeros(len(e), rows.shape[1]).index_add_(0, indices, rows)
+        squares = rows.T @ rows                                           # (A + 1, A + 1)
         numbers = len(flat) * e.shape[1]
         return Quantized(
             embedding=embedding.view(B, h, w, -1).permute(0, 3, 1, 2),    # (B, D, h, w)
@@ -267,11 +267,11 @@ class Quantizer(nn.Module):
 
 
 def total_error(codebook: Tensor, V: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
-    """Sum of |V h - e|^2 over N positions: (), from few numbers.
+    """Sum of |V h - e|^2 over N positions h = (a, 1): (), from few numbers.
 
-    V (D, A + 1), h = (a, 1); codebook (K, D); sums (K, A + 1) of the h that chose each code;
-    squares (A + 1, A + 1), the sum of h h'. With it V and the codes learn from N positions
-    without another look at them.
+    V (D, A + 1); codebook (K, D); sums (K, A + 1) of the h that chose each code; squares
+    (A + 1, A + 1), the sum of h h'. With it V and the codes learn from N positions without
+    another look at them.
     """
     own = (V.T @ V * squares).sum() + sums[:, -1] @ codebook.square().sum(1)
     return own - 2 * (sums @ V.T * codebook).sum()

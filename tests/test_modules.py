@@ -207,6 +207,20 @@ def test_folded_upsampling_is_upsampling_and_convolution(channels, dtype):
     torch.testing.assert_close(ours, theirs, **near)
 
 
+def test_many_images_are_seen_a_few_at_a_time_and_none_is_lost():
+    model, seen = VQVAE().requires_grad_(False), []
+    model.quantizer.codebook.normal_()
+    for part in (model.encoder, model.decoder):
+        part.register_forward_hook(lambda _, inputs, out: seen.append(len(out)))
+    x, maps = torch.rand(20, 1, 64, 64), torch.randint(512, (20, 16, 16))
+    found, images = model.encode(x), model.decode(maps)
+    assert sum(seen) == 40 and max(seen) <= 16
+    one_by_one = torch.cat([model.encode_some(part) for part in x.split(1)])
+    assert (found == one_by_one).float().mean() > 0.999 and len(found.unique()) > 1
+    torch.testing.assert_close(images, model.decode_raw(maps).clamp(0, 1))
+    assert model.decode(maps[:0]).shape == (0, 1, 64, 64)
+
+
 def test_pooling_before_relu_is_relu_before_pooling():
     model, x = VQVAE(), torch.rand(2, 1, 256, 256)
     conv1, _, _, conv2 = [m for m in model.encoder][:4]
