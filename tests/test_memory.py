@@ -79,5 +79,5 @@ def peak_anonymous_mb(folder: Path, subjects: tuple[int, int, int]) -> float:
 def test_ten_times_the_slices_take_no_more_memory(tmp_path):
     small = peak_anonymous_mb(tmp_path / "small", SUBJECTS)
     large = peak_anonymous_mb(tmp_path / "large", tuple(TIMES * n for n in SUBJECTS))
-    print(f"anonymous memory at most: {small:.0f} MB, of {TIMES} times the slices {large:.0f} MB")
+    print(f"anonymous, at most: {small:.0f} MB, of {TIMES} times the slices {large:.0f} MB")
     assert large < 1.05 * small
