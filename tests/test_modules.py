@@ -195,13 +195,14 @@ def test_revival_sets_vector_sum_and_count_and_survives_the_next_update():
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_folded_upsampling_is_upsampling_and_convolution(channels, dtype):
-    """To 1e-12 in double precision, 5e-5 in single, 0.1 in bfloat16; gradients, too."""
+    """As exact as numbers of 8, 4 and 2 bytes allow; gradients are sums of more."""
     conv = UpsampleConv(8, channels, "nearest").to(dtype)
     x = torch.randn(2, 8, 7, 9).to(dtype).requires_grad_()
     plain = F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, padding=1)
+    exact = {"atol": 2e-6, "rtol": 1e-5} if dtype == torch.float32 else {}
     within = {torch.float64: 1e-12, torch.float32: 5e-5, torch.bfloat16: 0.1}[dtype]
     near = {"atol": within, "rtol": within}
-    torch.testing.assert_close(conv(x), plain, **near)
+    torch.testing.assert_close(conv(x), plain, **(exact or near))
     pull = torch.randn_like(plain)
     ours, theirs = (torch.autograd.grad(y, (x, conv.weight), pull) for y in (conv(x), plain))
     torch.testing.assert_close(ours, theirs, **near)
