@@ -5,6 +5,7 @@ In: a run (`predict.TrainedRun`) and the data that it was trained on. Out: plain
 what is compared with what. Of most sets only features are kept, not the slices.
 """
 
+import functools
 import hashlib
 import math
 import tempfile
@@ -31,35 +32,44 @@ LARGE = 2**22  # bytes of features that stay in memory: some 6,000 slices
 CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 
 
-def parts_of(measure, split: BrainSlices) -> Iterator[Tensor]:
-    """`measure` of all slices of a split, a few at a time.
+def handing_back(parts):
+    """A function that yields parts, and now and then hands back the memory that they took.
 
-    Now and then, what parts took is handed back: with what is kept of them between, memory
-    would creep up, the larger the split.
+    With what is kept of parts between, memory would creep up, the larger the split.
     """
+
+    @functools.wraps(parts)
+    def handed_back(*arguments) -> Iterator[Tensor]:
+        for number, part in enumerate(parts(*arguments)):
+            yield part
+            if number % HAND_BACK == 0:
+                runtime.release_memory()
+
+    return handed_back
+
+
+@handing_back
+def parts_of(measure, split: BrainSlices) -> Iterator[Tensor]:
+    """`measure` of all slices of a split, a few at a time."""
     parts = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / PART)))
-    for number, rows in enumerate(parts):
-        yield measure(split.batch(rows))
-        if number % HAND_BACK == 0:
-            runtime.release_memory()
+    return (measure(split.batch(part)) for part in parts)
 
 
+@handing_back
 def shared_parts(
     measure, split: BrainSlices, indices: np.ndarray | None = None
 ) -> Iterator[Tensor]:
     """`measure` of many slices (or all), in order, by all processes together.
 
-    Each measures a share of every part, and all get the whole. Memory as `parts_of`.
+    Each measures a share of every part, and all get the whole.
     """
     indices = np.arange(len(split)) if indices is None else indices
     n = PART * processes.count()
-    for number, start in enumerate(range(0, len(indices), n)):
+    for start in range(0, len(indices), n):
         rows = indices[start : start + n]
         mine = rows[processes.share(len(rows))]
         found = [measure(split.batch(mine))] if len(mine) else []
         yield torch.cat([part for each in processes.collected(found) for part in each])
-        if number % HAND_BACK == 0:
-            runtime.release_memory()
 
 
 def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
