@@ -248,21 +248,21 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive(
-        self, quantized: Quantized, projection: nn.Conv2d, below: float,
+        self, inputs: Tensor, errors: Tensor, projection: nn.Conv2d, below: float,
         generator: torch.Generator,
     ) -> int:
         """Move codes used less than `below` times a step to vectors that are coded badly.
 
+        inputs (N, A), errors (N,): as in `Quantized`. Returns how many codes were moved.
         Vectors are drawn with probability proportional to their squared error, as k-means++
         draws its starts: in a brain slice most vectors are background and coded perfectly.
         """
         dead = (self.count < below).nonzero().flatten()
-        if len(dead) == 0 or quantized.errors.sum() == 0:
+        if len(dead) == 0 or errors.sum() == 0:
             return 0
-        dead = dead[: int((quantized.errors > 0).sum())]
-        errors = quantized.errors.cpu()
-        chosen = torch.multinomial(errors, len(dead), generator=generator).to(dead.device)
-        self.replace(dead, project(quantized.inputs[chosen], projection))
+        dead = dead[: int((errors > 0).sum())]
+        chosen = torch.multinomial(errors.cpu(), len(dead), generator=generator)
+        self.replace(dead, project(inputs[chosen.to(dead.device)], projection))
         return len(dead)
 
 

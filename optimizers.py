@@ -30,30 +30,43 @@ class Muon(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self):
-        kernels = self.param_groups[0]
+        kernels, alike = self.param_groups[0], {}
         for kernel in kernels["params"]:
             state, grad = self.state[kernel], kernel.grad
             if not state:  # under the names that Adam looks for
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(grad)}
             momentum = state["exp_avg"].lerp_(grad, 1 - self.momentum)
-            step = self.orthogonal(grad.lerp(momentum, self.momentum).flatten(1))
-            kernel.sub_(step.view(grad.shape), alpha=self.RATIO * kernels["lr"])
+            step = grad.lerp(momentum, self.momentum).flatten(1)
+            alike.setdefault(step.shape, []).append((kernel, step))
             kernel.grad = None  # so that Adam leaves it alone
+        for some in alike.values():  # of one size, at once: small products wait for launches
+            those, steps = zip(*some, strict=True)
+            for kernel, step in zip(those, self.orthogonal(torch.stack(steps)), strict=True):
+                kernel.sub_(step.view(kernel.shape) * kernels["lr"], alpha=self.RATIO)
         super().step()
 
     @classmethod
-    def orthogonal(cls, matrix: Tensor) -> Tensor:
-        """(m, n) = U S V^T -> nearly U V^T, times sqrt(m / n) where m > n."""
-        if len(matrix) > matrix.shape[1]:
-            return cls.orthogonal(matrix.T).T * (len(matrix) / matrix.shape[1]) ** 0.5
-        x, (a, b, c) = matrix / (matrix.norm() + 1e-7), cls.QUINTIC
-        one, gram = torch.eye(len(x), device=x.device), x @ x.T  # (m, m): small products
-        whole = factor = a * one + b * gram + c * gram @ gram  # x would become factor @ x
+    def orthogonal(cls, matrices: Tensor) -> Tensor:
+        """Each (m, n) = U S V^T of (B, m, n) -> nearly U V^T, times sqrt(m / n) where m > n."""
+        m, n = matrices.shape[1:]
+        if m > n:
+            return cls.orthogonal(matrices.mT).mT * (m / n) ** 0.5
+        x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        gram = x @ x.mT  # (B, m, m): small products
+        whole = factor = cls.factor(gram)  # x would become factor @ x
         for _ in range(4):
             gram = factor @ gram @ factor  # of what x would have become
-            factor = a * one + b * gram + c * gram @ gram
+            factor = cls.factor(gram)
             whole = factor @ whole
         return whole @ x
+
+    @classmethod
+    def factor(cls, gram: Tensor) -> Tensor:
+        """a + b G + c G^2, of each G = X X^T (B, m, m): times X, the quintic of X."""
+        a, b, c = cls.QUINTIC
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        return factor
 
 
 def make_optimizer(

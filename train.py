@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import metrics
 import modules
@@ -220,8 +221,15 @@ class Stage:
 
 
 def set_lr(lr: float, optimizer: torch.optim.Optimizer):
+    """On a GPU the rate is a number there, (), where a `runtime.Recorded` step finds it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        device = next((weight.device for weight in group["params"]), None)
+        if device is None or device.type != "cuda":
+            group["lr"] = lr
+            continue
+        if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
+            group |= {"lr": torch.zeros((), device=device), "capturable": True}
+        group["lr"].fill_(lr)
 
 
 def order_of(seed: int, purpose: int, n: int, start: int, count: int) -> np.ndarray:
@@ -310,6 +318,7 @@ def train_vqvae(run: Run):
     plain = int(PLAIN * stage.steps) if config.codebook == "ema" else 0
     variance, heads = data_variance(train, config), heads_in(train, config)
     slices = Feed(train.images, run.device)
+    step = runtime.Recorded(functools.partial(vqvae_step, model, optimizer, config, variance))
     while not stage.done:
         if stage.step == plain and config.codebook == "ema":
             start_codebook(model, train, run)
@@ -317,23 +326,28 @@ def train_vqvae(run: Run):
         set_lr(lr, optimizer)
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
         images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]][heads])
-        quantize = stage.step >= plain
-        values = vqvae_step(model, optimizer, images, variance, stage, quantize)
+        corner = corner_of(images, generator_of(run.seed, CROP, stage.step))
+        values, coded = step(images, corner, quantize=stage.step >= plain)
+        if coded is not None and config.codebook == "ema":
+            values = values | {"revived": revive_codes(model, *coded, stage)}
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
     stage.shown.close()
 
 
-def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str, Tensor]:
+def vqvae_step(
+    model: VQVAE, optimizer, config, variance: float, images, corner, quantize: bool
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
     """One step on images (B, 1, H, W): eq. 3 of arXiv:1711.00937, and the codebook.
 
+    Returns losses, and inputs and errors of the `modules.Quantized`.
+
     images: this process's share of the batch; gradients and statistics are the whole batch's.
-    quantize False: the plain autoencoder. At first z moves fast, and codes that follow it
-    would be lost; they start when it has settled.
+    corner: of the window that the loss looks at. quantize False: the plain autoencoder. At
+    first z moves fast, and codes that follow it would be lost; they start when it has settled.
     """
-    config, crop = stage.run.config, generator_of(stage.run.seed, CROP, stage.step)
     with runtime.autocast(images.device, config.precision):
         output, quantized = model(images, quantize)
-    reconstruction = reconstruction_loss(output.float(), images, config, variance, crop)
+    reconstruction = reconstruction_loss(output.float(), images, config, variance, corner)
     loss, values = reconstruction, {"reconstruction": reconstruction}
     if quantized is not None:
         loss = loss + config.commitment * quantized.commitment
@@ -342,45 +356,52 @@ def vqvae_step(model, optimizer, images, variance, stage, quantize) -> dict[str,
         loss = loss + quantized.codebook_loss
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    values = {"loss": loss, **values}
+    values = {name: value.detach() for name, value in {"loss": loss, **values}.items()}
     processes.average_gradients(model, *values.values())
     optimizer.step()
     if quantized is not None and config.codebook == "ema":
-        values["revived"] = update_codebook(model, quantized, stage)
-    return values
+        processes.sum_(quantized.counts, quantized.sums)
+        model.quantizer.update(quantized.counts, quantized.sums, config.codebook_decay)
+    return values, None if quantized is None else (quantized.inputs, quantized.errors)
 
 
-def update_codebook(model: VQVAE, quantized, stage: Stage) -> Tensor:
-    """Move the codes; now and then revive the unused. Returns how many were, as a float ()."""
-    quantizer, step = model.quantizer, stage.step
-    processes.sum_(quantized.counts, quantized.sums)
-    quantizer.update(quantized.counts, quantized.sums, stage.run.config.codebook_decay)
-    revived = 0
+def revive_codes(model: VQVAE, inputs: Tensor, errors: Tensor, stage: Stage) -> Tensor:
+    """Now and then, move codes that nothing uses. Returns how many were, as a float ()."""
+    step, revived = stage.step, 0
     if step % REVIVE_EVERY == REVIVE_EVERY - 1 and step < 0.7 * stage.steps:
         draw = generator_of(stage.run.seed, REVIVE, step)
-        whole = {k: processes.gathered(getattr(quantized, k)) for k in ("inputs", "errors")}
-        quantized = quantized._replace(**whole)
-        revived = quantizer.revive(quantized, model.pre_vq, REVIVE_BELOW, draw)
-    return quantized.errors.new_full((), float(revived))
+        whole = map(processes.gathered, (inputs, errors))
+        revived = model.quantizer.revive(*whole, model.pre_vq, REVIVE_BELOW, draw)
+    return errors.new_full((), float(revived))
 
 
-def reconstruction_loss(
-    output, images, config, variance: float, crop: torch.Generator
-) -> Tensor:
-    """L1, and in one random 128x128 window 1 - SSIM and the difference in strength of detail.
+def reconstruction_loss(output, images, config, variance: float, corner: Tensor) -> Tensor:
+    """L1, and in the window at `corner` 1 - SSIM and the difference in strength of detail.
 
     Or squared error over data variance. Where a decoder cannot know a detail, the best guess by
     error is to leave it out: the third term wants as much of it as there was, wherever it lies.
     """
     if config.reconstruction == "mse":
         return F.mse_loss(output, images) / variance
-    window = [...]
-    for side in images.shape[2:]:
-        start = torch.randint(max(1, side - WINDOW + 1), (), generator=crop).item()
-        window.append(slice(start, start + WINDOW))
-    window = tuple(window)
-    losses = metrics.in_micro_batches(window_loss, output[window], images[window])  # (B,)
+    windows = window_at(output, corner), window_at(images, corner)
+    losses = metrics.in_micro_batches(window_loss, *windows)  # (B,)
     return F.l1_loss(output, images) + losses.mean()
+
+
+def corner_of(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Top and left of a random window of images (.., H, W): (2,) int64, on their device."""
+    ways = (max(1, side - WINDOW + 1) for side in images.shape[-2:])
+    corner = torch.stack([torch.randint(n, (), generator=draw) for n in ways])
+    return sent(corner, images.device)
+
+
+def window_at(images: Tensor, corner: Tensor) -> Tensor:
+    """The window of images (.., H, W) that begins at corner (2,): (.., WINDOW, WINDOW)."""
+    if corner.device.type == "cpu":
+        top, left = corner.tolist()
+        return images[..., top : top + WINDOW, left : left + WINDOW]
+    places = corner[:, None] + torch.arange(WINDOW, device=corner.device)  # no value is asked
+    return images.index_select(-2, places[0]).index_select(-1, places[1])
 
 
 def window_loss(x: Tensor, y: Tensor) -> Tensor:
@@ -721,11 +742,13 @@ def train_decoder(run: Run):
     )
     if stage.step == 0:  # how good stage 1 left it sets the bar
         measure_decoder(average, real, stage)
+    step = runtime.Recorded(functools.partial(decoder_step, decoding, config, variance))
     while not stage.done:
         lr = stage.lr(DECODER_LR)
         set_lr(lr, decoding.optimizer)
         set_lr(stage.lr(PATCH_LR), decoding.D_adam)
-        values = decoder_step(decoding, real, slices, variance, stage)
+        batch = decoder_batch(real, slices, stage)
+        values = step(*batch, penalise=stage.step % config.penalty_every == 0)
         half_life = min(DECODER_HALF_LIFE, 0.1 * stage.nimg)
         decoder = decoding.model.decoder
         update_average(average.decoder, decoder, half_life, config.batch_size)
@@ -733,58 +756,67 @@ def train_decoder(run: Run):
     stage.shown.close()
 
 
-def decoder_step(
-    decoding: Decoding, real: RealMaps, slices: Feed, variance: float, stage
-) -> dict[str, Tensor]:
-    """One step of the discriminator of patches, then one of the decoder, on windows of slices.
+def decoder_batch(real: RealMaps, slices: Feed, stage: Stage) -> tuple[Tensor, ...]:
+    """Windows of slices (B, 1, WINDOW, WINDOW), what they are decoded from, and noise.
 
-    Each patch is judged beside the same patch of its slice. Both get a little noise: that of a
-    scanner, which no code can hold, would give the decoder's away. Only cells that a window
-    depends on are decoded.
+    Only cells that a window depends on are decoded: index maps (B, h, w), whose window begins
+    at the pixel `corner` (2,). noise: (2, B, 1, WINDOW, WINDOW), for slices and for drawn ones.
     """
     run, n = stage.run, stage.batch_size
-    config, draw = run.config, generator_of(run.seed, SHARPEN, stage.step)
+    draw = generator_of(run.seed, SHARPEN, stage.step)
     mine = processes.share(n)
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
     rows = run.data.train.rows[chosen]
     maps, pixels = real.real_maps(rows), slices[rows]  # (B, h, w), (B, H, W) uint8
-    box, margin = real.code_map.box, margin_of(config)
-    window, cells, inside = window_of(pixels, maps, box, margin, draw)
-    images = unit_range(pixels[window])  # (B, 1, WINDOW, WINDOW)
-    with runtime.autocast(run.device, config.precision):
-        output = decoding.model.decode_raw(maps[cells])[inside]
-    noise = torch.randn((2, n, 1, WINDOW, WINDOW), generator=draw)[:, mine]
-    noise = sent(PATCH_NOISE * noise, run.device)
-    values = judge_patches(decoding, images + noise[0], output + noise[1], stage)
-    values["reconstruction"] = reconstruction_loss(output, images, config, variance, draw)
-    values["loss"] = values["reconstruction"] + ADVERSARIAL * values["g_loss"]
+    window, cells, corner = window_of(pixels, maps, real.code_map.box, run.config, draw)
+    noise = PATCH_NOISE * torch.randn((2, n, 1, WINDOW, WINDOW), generator=draw)[:, mine]
+    images, corner = unit_range(pixels[window]), sent(torch.tensor(corner), run.device)
+    return images, maps[cells], corner, sent(noise, run.device)
+
+
+def decoder_step(
+    decoding: Decoding, config, variance: float, images, maps, corner, noise, penalise: bool
+) -> dict[str, Tensor]:
+    """One step of the discriminator of patches, then one of the decoder, on a `decoder_batch`.
+
+    Each patch is judged beside the same patch of its slice. Both get a little noise: that of a
+    scanner, which no code can hold, would give the decoder's away.
+    """
+    with runtime.autocast(images.device, config.precision):
+        output = window_at(decoding.model.decode_raw(maps), corner)
+    both = images + noise[0], output + noise[1]
+    values = judge_patches(decoding, *both, config, penalise)
+    loss = reconstruction_loss(output, images, config, variance, torch.zeros_like(corner))
+    values["reconstruction"], values["loss"] = loss, loss + ADVERSARIAL * values["g_loss"]
     decoding.optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
+    values = {name: value.detach() for name, value in values.items()}
     processes.average_gradients(decoding.model.decoder, *values.values())
     decoding.optimizer.step()
     return values
 
 
 def window_of(
-    images, maps, box: Box, margin: int, draw: torch.Generator
-) -> tuple[tuple, tuple, tuple]:
-    """A random window of whole cells, as indices of images (.., H, W), maps, decoded cells.
+    images, maps, box: Box, config: Config, draw: torch.Generator
+) -> tuple[tuple, tuple, list[int]]:
+    """A random window of whole cells: indices of images (.., H, W) and of maps; its corner.
 
-    It lies in the box. The cells are those of the window and `margin` more on each side, and
-    near a map's edge, where the decoder pads as it does for whole maps, as many in all: blocks
-    of memory of other sizes at every step would leave holes in it.
+    It lies in the box. The cells are those of the window and a margin on each side, and near a
+    map's edge, where the decoder pads as it does for whole maps, as many in all: a record needs
+    one shape, and blocks of memory of other sizes at every step would leave holes in it. The
+    corner is that of the window in what these cells are decoded to, in pixels.
     """
-    scale = images.shape[-1] // maps.shape[-1]  # pixels to a cell
+    scale, margin = images.shape[-1] // maps.shape[-1], margin_of(config)  # pixels to a cell
     side = WINDOW // scale
-    window, cells, inside = [...], [...], [...]
+    window, cells, corner = [...], [...], []
     for within, length in zip((box.rows, box.columns), maps.shape[1:], strict=True):
         count = min(length, side + 2 * margin)
         start = torch.randint(within.start, within.stop - side + 1, (), generator=draw).item()
         first = min(max(0, start - margin), length - count)
         cells.append(slice(first, first + count))
         window.append(slice(scale * start, scale * start + WINDOW))
-        inside.append(slice(scale * (start - first), scale * (start - first) + WINDOW))
-    return tuple(window), tuple(cells), tuple(inside)
+        corner.append(scale * (start - first))
+    return tuple(window), tuple(cells), corner
 
 
 def margin_of(config: Config) -> int:
@@ -792,14 +824,16 @@ def margin_of(config: Config) -> int:
     return 4 + 2 * config.residual_blocks
 
 
-def judge_patches(decoding: Decoding, real: Tensor, fake: Tensor, stage) -> dict[str, Tensor]:
+def judge_patches(
+    decoding: Decoding, real: Tensor, fake: Tensor, config, penalise: bool
+) -> dict[str, Tensor]:
     """The discriminator's step on images (B, 1, H, W); its losses, and the decoder's g_loss."""
-    D, config = decoding.D, stage.run.config
+    D = decoding.D
     both = torch.cat([real, fake.detach()])
     with runtime.autocast(real.device, config.precision):
         real_score, fake_score = D(both).float().chunk(2)  # (B, H/4, W/4) each
     d_loss, values = modules.relativistic_loss(real_score, fake_score), {}
-    if stage.step % config.penalty_every == 0:
+    if penalise:
         with runtime.autocast(real.device, config.precision):
             r1, r2 = modules.gradient_penalty(D, both).chunk(2)
         patches = real_score[0].numel()
@@ -865,13 +899,11 @@ class Gan(RealMaps):
             "G_optimizer": self.G_optimizer, "D_optimizer": self.D_optimizer,
         }  # fmt: skip
 
-    # Of each batch, what is made below is this process's share.
+    def batch(self, nimg: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Real maps (B, C, h, w), of their box, their levels (B,), and noise (B, Z).
 
-    def real(self, nimg: int, step: int) -> tuple[Tensor, Tensor]:
-        """A batch of real maps (B, C, h, w), of their box, and their levels (B,).
-
-        Binned values are jittered within their bins, or D could tell real maps by their values'
-        lying on U exact numbers.
+        Of the batch, this process's share. Binned values are jittered within their bins, or D
+        could tell real maps by their values' lying on U exact numbers.
         """
         run, config = self.run, self.run.config
         mine = processes.share(config.gan_batch_size)
@@ -884,12 +916,12 @@ class Gan(RealMaps):
             shape = (config.gan_batch_size, 1, *u.shape[2:])
             jitter = torch.rand(shape, generator=generator_of(run.seed, JITTER, step))[mine]
             u = u + (sent(jitter, run.device) * 2 - 1) / len(self.code_map.used)
-        return u, sent(self.levels[chosen], run.device)
-
-    def noise(self, step: int) -> Tensor:
-        shape = (self.run.config.gan_batch_size, self.run.config.noise_dim)
-        noise = torch.randn(shape, generator=generator_of(self.run.seed, NOISE, step))
-        return sent(noise[processes.share(len(noise))], self.run.device)
+        shape, draw = (
+            (config.gan_batch_size, config.noise_dim),
+            generator_of(run.seed, NOISE, step),
+        )
+        noise = torch.randn(shape, generator=draw)[mine]
+        return u, sent(self.levels[chosen], run.device), sent(noise, run.device)
 
 
 def train_dcgan(run: Run):
@@ -897,11 +929,13 @@ def train_dcgan(run: Run):
     config, gan = run.config, Gan(run)
     stage = Stage(run, "dcgan", config.gan_kimg, config.gan_batch_size, gan.parts(), **gan.link)
     monitor = None if stage.done else Monitor(gan)
+    step = runtime.Recorded(functools.partial(dcgan_step, gan))
     while not stage.done:
         lr, d_lr = map(stage.lr, config.gan_lr)
         set_lr(lr, gan.G_optimizer)
         set_lr(d_lr, gan.D_optimizer)
-        values = dcgan_step(gan, stage.nimg, stage.step)
+        batch = gan.batch(stage.nimg, stage.step)
+        values = step(*batch, penalise=stage.step % config.penalty_every == 0)
         half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
         update_average(gan.average, gan.G, half_life, config.gan_batch_size)
         stage.after_step(values, lambda: monitor.measure(stage), lr)
@@ -910,14 +944,15 @@ def train_dcgan(run: Run):
     stage.shown.close()
 
 
-def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
+def dcgan_step(
+    gan: Gan, real: Tensor, level: Tensor, noise: Tensor, penalise: bool
+) -> dict[str, Tensor]:
     """One step of the discriminator, then one of the generator on the same noise."""
     config, device = gan.run.config, gan.run.device
-    real, level = gan.real(nimg, step)
     with runtime.autocast(device, config.precision):
-        fake = gan.G(gan.noise(step), level)  # (B, C, h, w)
+        fake = gan.G(noise, level)  # (B, C, h, w)
     d_loss, real_score, penalties = discriminator_loss(
-        gan, real, fake.detach().float(), level, step
+        gan, real, fake.detach().float(), level, penalise
     )
     gan.D_optimizer.zero_grad(set_to_none=True)
     d_loss.backward()
@@ -937,13 +972,14 @@ def dcgan_step(gan: Gan, nimg: int, step: int) -> dict[str, Tensor]:
     processes.average_gradients(gan.G, g_loss)
     gan.G_optimizer.step()
     gan.D.requires_grad_(True)
-    return {"g_loss": g_loss, "d_loss": d_loss, **penalties}
+    values = {"g_loss": g_loss, "d_loss": d_loss, **penalties}
+    return {name: value.detach() for name, value in values.items()}
 
 
 def discriminator_loss(
-    gan, real, fake, level, step
+    gan, real, fake, level, penalise: bool
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """D's loss, its logits (B,) of the real maps, and the penalties if they were due.
+    """D's loss, its logits (B,) of the real maps, and the penalties if they are due.
 
     R1 and R2 come every `penalty_every` steps at that multiple of their weight: lazily, as in
     Karras et al. 2020 (arXiv:1912.04958, appendix B). BCE with BatchNorm sees real and
@@ -959,7 +995,7 @@ def discriminator_loss(
     with runtime.autocast(gan.run.device, config.precision):
         real_score, fake_score = gan.D(both, levels).float().chunk(2)
     loss = modules.relativistic_loss(real_score, fake_score)
-    if step % config.penalty_every:
+    if not penalise:
         return loss, real_score, {}
     with runtime.autocast(gan.run.device, config.precision):
         r1, r2 = modules.gradient_penalty(gan.D, both, levels).chunk(2)
@@ -970,13 +1006,16 @@ def discriminator_loss(
 
 @torch.no_grad()
 def update_average(average, network, half_life: float, batch_size: int):
-    """Exponential average of a network's weights; half_life in items seen, 0: no average."""
+    """Exponential average of a network's weights; half_life in items seen, 0: no average.
+
+    BatchNorm's statistics, too, but not how many batches it has counted.
+    """
     decay = 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
-    for mean, now in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(now, 1 - decay)
-    for mean, now in zip(average.buffers(), network.buffers(), strict=True):
-        if now.is_floating_point():  # BatchNorm's statistics; the rest counts batches
-            mean.lerp_(now, 1 - decay)
+    means, now = (
+        [x for x in (*m.parameters(), *m.buffers()) if x.is_floating_point()]
+        for m in (average, network)
+    )
+    get_ema_multi_avg_fn(decay)(means, now, None)  # one launch on a GPU
 
 
 class Monitor:
@@ -1119,10 +1158,12 @@ def train_denoiser(run: Run):
     stage = Stage(
         run, "denoiser", config.denoiser_kimg, config.gan_batch_size, parts, **real.link
     )
+    step = runtime.Recorded(functools.partial(denoiser_step, denoiser, muon, config))
     while not stage.done:
         lr = stage.lr(DENOISER_LR)
         set_lr(lr, muon)
-        loss = denoiser_step(denoiser, muon, real, stage)
+        batch, start = denoiser_batch(denoiser, real, stage)
+        loss = step(*batch, start=start)
         half_life = min(DENOISER_HALF_LIFE, 0.1 * stage.nimg)
         update_average(average, denoiser, half_life, config.gan_batch_size)
         stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
@@ -1156,10 +1197,10 @@ def add_contrast(real: RealMaps):
     processes.first(lambda: runtime.save_checkpoint(paths[0], values))
 
 
-def denoiser_step(denoiser: Denoiser, optimizer, real: RealMaps, stage: Stage) -> Tensor:
-    """One step on crops of real maps -> the loss, ()."""
-    run, config, n = stage.run, stage.run.config, stage.batch_size
-    mine, draw = processes.share(n), generator_of(stage.run.seed, DENOISE, stage.step)
+def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tuple, tuple]:
+    """Crops of real maps (B, 32, 32), noise (B, C, 32, 32), its sigma (B,); and first cells."""
+    run, n = stage.run, stage.batch_size
+    mine, draw = processes.share(n), generator_of(run.seed, DENOISE, stage.step)
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
     box = real.code_map.box
     maps = box.inside(real.real_maps(run.data.train.rows[chosen]))  # (B, h, w)
@@ -1171,11 +1212,18 @@ def denoiser_step(denoiser: Denoiser, optimizer, real: RealMaps, stage: Stage) -
     noise = torch.randn((n, denoiser.channels, *maps.shape[1:]), generator=draw)[mine]
     sigma = sigmas(torch.rand(n, generator=draw)[mine] ** TO_MOST)
     start = torch.randint(2, (2,), generator=draw).tolist()
-    noise, sigma = sent(noise, run.device), sent(sigma, run.device)
-    with runtime.autocast(run.device, config.precision):
+    return (maps, sent(noise, run.device), sent(sigma, run.device)), tuple(start)
+
+
+def denoiser_step(
+    denoiser: Denoiser, optimizer, config, maps, noise, sigma, start: tuple[int, int]
+) -> Tensor:
+    """One step on a `denoiser_batch` -> the loss, ()."""
+    with runtime.autocast(maps.device, config.precision):
         loss = modules.denoising_loss(denoiser, maps, noise, sigma, start).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    loss = loss.detach()
     processes.average_gradients(denoiser, loss)
     optimizer.step()
     return loss

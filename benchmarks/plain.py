@@ -104,14 +104,13 @@ def detail(x: Tensor) -> Tensor:
     return (F.avg_pool2d(high.square(), 16) + 1e-5).sqrt()
 
 
-def vqvae_step(model: VQVAE, optimizer, images: Tensor, config, crop: torch.Generator):
+def vqvae_step(model: VQVAE, optimizer, images: Tensor, config, corner: Tensor):
     """One training step on images (B, 1, H, W); returns its loss."""
     z = model.pre_vq(model.encoder(images))  # (B, D, h, w)
     codes, _, commitment, chosen = model.quantizer(z)
     output = model.decoder(codes)  # (B, 1, H, W)
-    size = min(128, images.shape[-1])
-    top, left = torch.randint(0, images.shape[-1] - size + 1, (2,), generator=crop).tolist()
-    x, y = (v[..., top : top + size, left : left + size] for v in (output, images))
+    top, left = corner.tolist()
+    x, y = (v[..., top : top + 128, left : left + 128] for v in (output, images))
     loss = F.l1_loss(output, images) + 1 - ssim(x, y).mean()
     loss = loss + DETAIL * F.l1_loss(detail(x), detail(y)) + config.commitment * commitment
     optimizer.zero_grad()
@@ -128,14 +127,13 @@ def judge(D: modules.Discriminator, u: Tensor, level: Tensor) -> Tensor:
     return scores[:, 0] + (scores[:, 1:] * modules.level_features(level)).sum(1)
 
 
-def dcgan_step(gan, nimg: int, step: int) -> tuple[Tensor, Tensor]:
+def dcgan_step(gan, real, level, noise, penalise: bool) -> dict[str, Tensor]:
     """One step of D, then one of G on the same noise; returns both losses."""
     config, D = gan.run.config, gan.D
-    real, level = gan.real(nimg, step)
-    fake = gan.G(gan.noise(step), level)  # (B, C, h, w)
+    fake = gan.G(noise, level)  # (B, C, h, w)
     real_score = judge(D, real, level)
     d_loss = F.softplus(judge(D, fake.detach(), level) - real_score).mean()
-    if step % config.penalty_every == 0:
+    if penalise:
         for u in (real.clone(), fake.detach()):
             u.requires_grad_()
             (gradient,) = torch.autograd.grad(judge(D, u, level).sum(), u, create_graph=True)
@@ -148,4 +146,4 @@ def dcgan_step(gan, nimg: int, step: int) -> tuple[Tensor, Tensor]:
     gan.G_optimizer.zero_grad()
     g_loss.backward()
     gan.G_optimizer.step()
-    return g_loss, d_loss
+    return {"g_loss": g_loss, "d_loss": d_loss}

@@ -90,6 +90,10 @@ def some_vqvae(here: Inputs, config: Config) -> modules.VQVAE:
     return model
 
 
+def a_corner(images: torch.Tensor) -> torch.Tensor:
+    return train.corner_of(images, modules.generator_of(0, train.CROP, 0))
+
+
 def plain_twin(model: modules.VQVAE) -> plain.VQVAE:
     twin = plain.VQVAE(*model.quantizer.codebook.shape)
     twin.load_state_dict(model.state_dict())
@@ -98,17 +102,18 @@ def plain_twin(model: modules.VQVAE) -> plain.VQVAE:
 
 def vqvae_here(precision: str, here: Inputs):
     config = Config(precision=precision, batch_size=128)
-    model, images, stage = some_vqvae(here, config), here.slices(128), a_run(config)
+    model, images = some_vqvae(here, config), here.slices(128)
     adam = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    return lambda: train.vqvae_step(model, adam, images, 1.0, stage, True), len(images)
+    corner = a_corner(images)
+    return lambda: train.vqvae_step(model, adam, config, 1.0, images, corner, True), len(images)
 
 
 def vqvae_plain(here: Inputs):
     config = here.config
     model, images = plain_twin(some_vqvae(here, config)), here.slices(128)
     adam = torch.optim.Adam(model.parameters(), lr=config.lr)
-    crop = modules.generator_of(0, train.CROP, 0)
-    return lambda: plain.vqvae_step(model, adam, images, config, crop), len(images)
+    corner = a_corner(images)
+    return lambda: plain.vqvae_step(model, adam, images, config, corner), len(images)
 
 
 def vqvae_monai(here: Inputs):
@@ -123,11 +128,11 @@ def vqvae_monai(here: Inputs):
         num_embeddings=config.codes, embedding_dim=config.code_dim,
     )  # fmt: skip
     adam = torch.optim.Adam(model.parameters(), lr=config.lr)
-    crop = modules.generator_of(0, train.CROP, 0)
+    corner = a_corner(images)
 
     def step():
         output, commitment = model(images)
-        loss = train.reconstruction_loss(output, images, config, 1.0, crop) + commitment
+        loss = train.reconstruction_loss(output, images, config, 1.0, corner) + commitment
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -217,8 +222,7 @@ def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
         run=a_run(config).run, vqvae=model, code_map=code_map, G=G, D=D, levels=levels,
         G_optimizer=torch.optim.Adam(G.parameters(), config.gan_lr[0], **adam),
         D_optimizer=torch.optim.Adam(D.parameters(), config.gan_lr[1], **adam),
-        real=lambda nimg, step: (code_map.encode(box.inside(maps)), levels),
-        noise=lambda step: noise,
+        batch=(code_map.encode(box.inside(maps)), levels, noise),
     )  # fmt: skip
 
 
@@ -226,7 +230,8 @@ def round_of(step: Callable, gan):
     """As many steps as lie between two penalties, and how many maps they see."""
     config = gan.run.config
     steps = config.penalty_every
-    return lambda: [step(gan, 0, i) for i in range(steps)], steps * config.gan_batch_size
+    work = lambda: [step(gan, *gan.batch, penalise=i == 0) for i in range(steps)]  # noqa: E731
+    return work, steps * config.gan_batch_size
 
 
 def dcgan_here(here: Inputs):
@@ -250,7 +255,7 @@ def generate_here(refined: bool, here: Inputs):
         denoiser.fit(gan.code_map, torch.ones(here.config.codes))
         vqvae = modules.widen_decoder(gan.vqvae, here.config)
     gan.G.eval()
-    noise, level = gan.noise(0).repeat(2, 1), gan.levels.repeat(2)
+    noise, level = gan.batch[2].repeat(2, 1), gan.levels.repeat(2)
     networks = gan.G, gan.code_map, vqvae
 
     def generate():  # as predict.py does

@@ -55,9 +55,11 @@ def vqvae_steps() -> dict:
     for stage.step in range(train.REVIVE_EVERY - 4, train.REVIVE_EVERY + 1):
         rows = train.order_of(0, train.ORDER, SLICES, 8 * stage.step, 8)
         images = data.batch(rows[processes.share(8)])
-        values = train.vqvae_step(model, optimizer, images, 1.0, stage, True)
+        corner = train.corner_of(images, train.generator_of(0, train.CROP, stage.step))
+        given = model, optimizer, CONFIG, 1.0
+        values, coded = train.vqvae_step(*given, images, corner, quantize=True)
         losses.append(values["loss"].item())
-        revived += values["revived"].item()
+        revived += train.revive_codes(model, *coded, stage).item()
     moved = {k: v - before[k] for k, v in floats("vqvae", model).items()}
     return moved | {"vqvae.losses": torch.tensor(losses), "revived": torch.tensor(revived)}
 
@@ -94,7 +96,9 @@ def decoder_steps() -> dict:
     stage = SimpleNamespace(run=gan.run, batch_size=8)
     for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
         stage.nimg = 8 * stage.step
-        values = train.decoder_step(decoding, gan, images, 1.0, stage)
+        batch = train.decoder_batch(gan, images, stage)
+        penalise = stage.step % CONFIG.penalty_every == 0
+        values = train.decoder_step(decoding, CONFIG, 1.0, *batch, penalise)
         losses.append([values[k].item() if k in values else 0.0 for k in DECODER_LOSSES])
     after = floats("decoder", model.decoder) | floats("patches", decoding.D)
     moved = {k: v - before[k] for k, v in after.items()}
@@ -115,7 +119,8 @@ def gan_steps() -> dict:
     parts, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
     before = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
     for step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
-        values = train.dcgan_step(gan, 8 * step, step)
+        batch = gan.batch(8 * step, step)
+        values = train.dcgan_step(gan, *batch, penalise=step % CONFIG.penalty_every == 0)
         train.update_average(gan.average, gan.G, 0.05 * 8 * step, 8)
         losses.append([values["d_loss"].item(), values["g_loss"].item()])
         losses[-1] += [values[k].item() if k in values else 0.0 for k in ("r1", "r2")]
@@ -134,7 +139,8 @@ def denoiser_steps() -> dict:
         if stage.step == 2:  # from here on, gradients reach all layers
             before = floats("denoiser", denoiser)
         stage.nimg = 8 * stage.step
-        losses.append(train.denoiser_step(denoiser, sgd, gan, stage).item())
+        batch, start = train.denoiser_batch(denoiser, gan, stage)
+        losses.append(train.denoiser_step(denoiser, sgd, CONFIG, *batch, start).item())
     moved = {k: v - before[k] for k, v in floats("denoiser", denoiser).items()}
     return moved | {"denoiser.losses": torch.tensor(losses)}
 

@@ -183,7 +183,8 @@ def test_revival_sets_vector_sum_and_count_and_survives_the_next_update():
         q.codebook[3] = 1e3  # far from everything: never chosen
         q.count[3] = 0.0
     out = q(a, projection)
-    assert q.revive(out, projection, 0.1, torch.Generator().manual_seed(0)) == 1
+    draw = torch.Generator().manual_seed(0)
+    assert q.revive(out.inputs, out.errors, projection, 0.1, draw) == 1
     revived = q.codebook[3].clone()
     vectors = projection(a).permute(0, 2, 3, 1).flatten(0, 2)
     assert (vectors - revived).abs().amax(1).min() < 1e-5

@@ -1,5 +1,7 @@
 """Muon moves kernels as torch's does matrices, and everything else as Adam does."""
 
+import copy
+
 import pytest
 import torch
 
@@ -37,11 +39,26 @@ def test_kernels_move_as_by_torchs_muon_and_the_rest_as_by_adam(shape):
 def test_all_directions_of_a_step_are_of_nearly_one_length(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape) * torch.logspace(0, -2, shape[1])
-    found = torch.linalg.svdvals(Muon.orthogonal(matrix))
+    found = torch.linalg.svdvals(Muon.orthogonal(matrix[None])[0])
     found /= max(1, shape[0] / shape[1]) ** 0.5
     assert found.min() > 0.5
     assert found.max() < 1.3
     assert torch.linalg.svdvals(matrix / matrix.norm()).min() < 0.2  # the control
+
+
+def test_kernels_of_one_size_take_the_steps_that_they_take_alone():
+    torch.manual_seed(0)
+    together = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3) for _ in range(3)))
+    alone = copy.deepcopy(together)
+    optimizers = [Muon(network, 0.01, betas=(0.8, 0.9)) for network in (together, *alone)]
+    for _ in range(3):
+        for weight, twin in zip(together.parameters(), alone.parameters(), strict=True):
+            weight.grad = torch.randn(weight.shape)
+            twin.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, twin in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(weight, twin, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gradient_of_zero_moves_nothing():

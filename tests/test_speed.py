@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import train
 from config import Config
 from dataset import BrainSlices
-from modules import generator_of
 
 ROOT = Path(__file__).parent.parent
 CONFIG = Config(codes=64, gan_widths=(8, 8), precision="float32", device="cpu")
@@ -51,9 +50,9 @@ def test_the_plain_vqvae_step_has_the_projects_loss_gradients_and_codebook(here)
     twin, images = sides.plain_twin(model), here.slices(4)
     assert torch.equal(twin.encode(images), model.encode(images).flatten())
     adams = [torch.optim.SGD(m.parameters(), lr=0.0) for m in (model, twin)]
-    stage, crop = sides.a_run(CONFIG), generator_of(0, train.CROP, 0)
-    ours = train.vqvae_step(model, adams[0], images, 1.0, stage, True)["loss"]
-    theirs = plain.vqvae_step(twin, adams[1], images, CONFIG, crop)
+    corner = sides.a_corner(images)
+    ours = train.vqvae_step(model, adams[0], CONFIG, 1.0, images, corner, True)[0]["loss"]
+    theirs = plain.vqvae_step(twin, adams[1], images, CONFIG, corner)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     others = dict(twin.named_parameters())
     for name, parameter in model.named_parameters():
@@ -62,23 +61,25 @@ def test_the_plain_vqvae_step_has_the_projects_loss_gradients_and_codebook(here)
         close(getattr(model.quantizer, name), getattr(twin.quantizer, name), rtol=1e-5)
 
 
-def one_dcgan_step(here, function, step: int):
+def one_dcgan_step(here, function, penalise: bool):
     """Losses of one step, and how far it moved every weight: by SGD, so as gradients say."""
     gan = sides.a_gan(here, CONFIG, fused=False)
     gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=0.01)
     gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=0.01)
     weights = [*gan.G.parameters(), *gan.D.parameters()]
     before = [w.detach().clone() for w in weights]
-    losses = function(gan, 0, step)
-    if isinstance(losses, dict):
-        losses = losses["g_loss"], losses["d_loss"]
-    return losses, [w.detach() - old for w, old in zip(weights, before, strict=True)]
+    losses = function(gan, *gan.batch, penalise)
+    return (losses["g_loss"], losses["d_loss"]), [
+        w.detach() - old for w, old in zip(weights, before, strict=True)
+    ]
 
 
-@pytest.mark.parametrize("step", [0, 1], ids=["with penalties", "without"])
-def test_the_plain_dcgan_step_has_the_projects_losses_and_moves_its_weights_alike(here, step):
-    ours, mine = one_dcgan_step(here, train.dcgan_step, step)
-    theirs, others = one_dcgan_step(here, plain.dcgan_step, step)
+@pytest.mark.parametrize("penalise", [True, False])
+def test_the_plain_dcgan_step_has_the_projects_losses_and_moves_its_weights_alike(
+    here, penalise
+):
+    ours, mine = one_dcgan_step(here, train.dcgan_step, penalise)
+    theirs, others = one_dcgan_step(here, plain.dcgan_step, penalise)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     for a, b in zip(mine, others, strict=True):
         close(a, b)

@@ -75,7 +75,7 @@ def final_state(run) -> dict:
     state = {}
     stages = ("vqvae", "decoder", "dcgan", "denoiser")
     for name in ("codes", *(f"{s}_{w}" for s in stages for w in ("last", "best"))):
-        values = torch.load(run.path(f"{name}.pt"), weights_only=True)
+        values = torch.load(run.path(f"{name}.pt"), "cpu", weights_only=True)
         times = "seconds", "row_seconds"
         for key in (*times, "vqvae", "codes", "dcgan"):  # the last are checksums over times
             values.pop(key, None)
@@ -334,10 +334,8 @@ def test_contrast_is_set_once_for_this_generator_and_denoiser(uninterrupted, mon
 
 def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
-    monkeypatch.setattr(train, "vqvae_step", None)
-    monkeypatch.setattr(train, "decoder_step", None)
-    monkeypatch.setattr(train, "dcgan_step", None)
-    monkeypatch.setattr(train, "denoiser_step", None)
+    for stage in ("vqvae", "decoder", "dcgan", "denoiser"):
+        monkeypatch.setattr(train, f"{stage}_step", lambda *_, **__: pytest.fail("a step"))
     train_all(a_run(uninterrupted.folder.parent, data))
     assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
 
@@ -501,13 +499,13 @@ def test_of_alike_scores_the_later_weights_are_kept_and_the_bar_stays(data, tmp_
 
 def test_patches_are_told_apart_and_the_decoder_hears_what_they_lack(uninterrupted):
     """Slices beside blurred ones; the decoder's side of it leaves the discriminator alone."""
-    stage, draw = SimpleNamespace(run=uninterrupted), torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(0)
     decoding, losses = train.Decoding(uninterrupted, modules.make_vqvae(TINY)), []
     noise = torch.rand(4, 1, 128, 128, generator=draw)
     real = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
     fake = torch.nn.functional.avg_pool2d(real, 3, 1, 1).requires_grad_()
-    for stage.step in range(30):
-        values = train.judge_patches(decoding, real, fake, stage)
+    for step in range(30):
+        values = train.judge_patches(decoding, real, fake, TINY, step % 4 == 0)
         losses.append(values["d_loss"].item())
     assert losses[-1] < 0.5 * losses[0], losses
     before = [p.grad.clone() for p in decoding.D.parameters()]
@@ -524,10 +522,10 @@ def test_windows_lie_everywhere_in_the_box_and_are_decoded_as_in_the_whole():
     whole, draw, starts = model.decode_raw(maps), torch.Generator().manual_seed(0), set()
     box, margin = modules.Box(common), train.margin_of(TINY)
     for _ in range(200):
-        window, cells, inside = train.window_of(whole, maps, box, margin, draw)
+        window, cells, corner = train.window_of(whole, maps, box, TINY, draw)
         starts.add((window[1].start, window[2].start))
         assert maps[cells].shape == (2, 32 + 2 * margin, 32 + 2 * margin)
-        found = model.decode_raw(maps[cells])[inside]
+        found = train.window_at(model.decode_raw(maps[cells]), torch.tensor(corner))
         assert torch.allclose(found, whole[window], atol=1e-6 * whole.abs().max().item())
     assert {top for top, _ in starts} == set(range(0, 129, 4))
     assert {left for _, left in starts} == set(range(64, 97, 4))
@@ -558,7 +556,7 @@ def test_a_run_draws_the_box_of_its_own_maps(uninterrupted):
 def test_stage_1_sees_no_more_than_heads(data, tmp_path, monkeypatch):
     run, seen = a_run(tmp_path, data), []
 
-    def step(model, optimizer, images, *others):
+    def step(model, optimizer, config, variance, images, corner, quantize):
         seen.append(images.shape)
         raise KeyboardInterrupt
 
@@ -588,7 +586,8 @@ def test_crops_lie_everywhere_in_the_box(uninterrupted, monkeypatch):
     sgd = torch.optim.SGD(denoiser.parameters(), lr=0.1)
     stage = SimpleNamespace(run=uninterrupted, batch_size=16, nimg=0)
     for stage.step in range(30):
-        train.denoiser_step(denoiser, sgd, real, stage)
+        batch, start = train.denoiser_batch(denoiser, real, stage)
+        train.denoiser_step(denoiser, sgd, TINY, *batch, start)
     rows, columns = torch.cat(seen) // 64, torch.cat(seen) % 64
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 59, 10, 49)
     assert (rows[:, :, :1] == rows).all() and (rows.diff(dim=1) == 1).all()
@@ -699,7 +698,8 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     slices = train.Feed(run.data.train.images, meta)
     images = train.unit_range(slices[np.arange(4)])
-    values = train.vqvae_step(model, optimizer, images, 1.0, stage, True)
+    corner = train.corner_of(images, torch.Generator())
+    values, _ = train.vqvae_step(model, optimizer, TINY, 1.0, images, corner, quantize=True)
     assert values["loss"].device == meta
 
     run.device = torch.device("cpu")
@@ -713,15 +713,16 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
     gan.maps = train.Feed(gan.maps.array, meta)
     gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=0.1)
     gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=0.1)
-    for stage.nimg in (0, 4):  # with and without penalties
-        values = train.decoder_step(decoding, gan, slices, 1.0, stage)
+    for stage.nimg, penalise in ((0, True), (4, False)):
+        batch = train.decoder_batch(gan, slices, stage)
+        values = train.decoder_step(decoding, TINY, 1.0, *batch, penalise)
         assert values["g_loss"].device == meta
-    for step in (0, 1):
-        values = train.dcgan_step(gan, 4 * step, step)
-        train.update_average(gan.average, gan.G, 4 * step, 4)
+        values = train.dcgan_step(gan, *gan.batch(stage.nimg, stage.step), penalise)
+        train.update_average(gan.average, gan.G, 4, 4)
         assert values["g_loss"].device == meta
     denoiser = modules.make_denoiser(TINY).to(meta)
     adam = torch.optim.SGD(denoiser.parameters(), lr=0.1)
-    assert train.denoiser_step(denoiser, adam, gan, stage).device == meta
+    batch, start = train.denoiser_batch(denoiser, gan, stage)
+    assert train.denoiser_step(denoiser, adam, TINY, *batch, start).device == meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         values["g_loss"].item()  # the control

@@ -1,0 +1,95 @@
+"""What only a GPU shows: that a recorded step is the step, and that nothing there is random.
+
+Skipped where there is none.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import STEPS, TINY, a_run, differing, final_state, some_data, train_all
+
+import runtime
+import train
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+CLASSIC = {
+    "gan_loss": "bce", "order": "raw", "map_channels": 3,
+    "reconstruction": "mse", "optimizer": "adam", "decoder_kimg": 0.0, "denoiser_kimg": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data():
+    return some_data()
+
+
+@pytest.fixture(scope="module")
+def recorded(data, tmp_path_factory):
+    run = a_run(tmp_path_factory.mktemp("recorded"), data, config=replace(TINY, device="cuda"))
+    train_all(run)
+    return final_state(run)
+
+
+def test_recorded_steps_end_at_the_bits_of_called_ones(recorded, data, tmp_path, monkeypatch):
+    records = []
+    real = runtime.Recorded.record
+    monkeypatch.setattr(
+        runtime.Recorded, "record", lambda *given: records.append(1) or real(*given)
+    )
+    config = replace(TINY, device="cuda")
+    train_all(a_run(tmp_path / "recorded", data, config=config))
+    assert len(records) >= 5  # or nothing would be compared
+    monkeypatch.setattr(runtime.Recorded, "WARM", STEPS)
+    train_all(run := a_run(tmp_path / "called", data, config=config))
+    assert differing(final_state(run), recorded) == []
+
+
+@pytest.mark.parametrize("stops", [(5,), (9, 2), (14,), (20, 4), (33,), (48,)])
+def test_continuing_on_a_gpu_gives_the_same_bits(stops, recorded, data, tmp_path):
+    config = replace(TINY, device="cuda")
+    for stop in stops:
+        with pytest.raises(runtime.Interrupted):
+            train_all(a_run(tmp_path, data, stop, config=config))
+    run = a_run(tmp_path, data, config=config)
+    train_all(run)
+    assert differing(final_state(run), recorded) == []
+
+
+def test_a_run_of_the_gpu_continues_on_the_cpu_and_back(data, tmp_path):
+    for stop, device in ((4, "cuda"), (6, "cpu"), (18, "cuda"), (12, "cpu")):
+        with pytest.raises(runtime.Interrupted):
+            train_all(a_run(tmp_path, data, stop, config=replace(TINY, device=device)))
+    train_all(run := a_run(tmp_path, data, config=replace(TINY, device="cuda")))
+    assert all(torch.isfinite(x).all() for x in final_state(run).values() if torch.is_tensor(x))
+
+
+def test_the_original_recipe_is_recorded_too(data, tmp_path, monkeypatch):
+    config, ends = replace(TINY, device="cuda", **CLASSIC), []
+    for warm in (runtime.Recorded.WARM, STEPS):
+        monkeypatch.setattr(runtime.Recorded, "WARM", warm)
+        run = a_run(tmp_path / str(warm), data, config=config)
+        for stage in ("vqvae", "codes", "dcgan"):
+            train.STAGES[stage](run)
+        ends.append(torch.load(run.path("dcgan_last.pt"), weights_only=True)["parts"])
+    first, second = (dict(runtime._tensors(copy.deepcopy(end))) for end in ends)
+    assert all(
+        torch.equal(torch.as_tensor(first[k]), torch.as_tensor(second[k])) for k in first
+    )
+
+
+def test_a_record_has_values_of_its_own_for_other_plain_arguments():
+    weight = torch.zeros(3, device="cuda")
+
+    def step(x, sign: int):
+        weight.add_(x * sign)
+        return {"sum": weight.sum()}
+
+    recorded, expected = runtime.Recorded(step), 0.0
+    for number in range(20):
+        x, sign = torch.full((3,), float(number), device="cuda"), 1 - 2 * (number % 3 == 0)
+        expected += 3 * number * sign
+        assert recorded(x, sign=sign)["sum"].item() == expected
+    assert len(recorded.records) == 2
