@@ -267,9 +267,9 @@ PRESETS = {
         "vqvae_kimg": 27.0, "decoder_kimg": 8.0, "gan_kimg": 210.0, "denoiser_kimg": 190.0,
     },
     "full": {
-        "widths": (64, 32, 16, 32), "batch_size": 64, "vqvae_kimg": 400.0,
-        "decoder_widths": (64, 32), "residual_blocks": 4, "decoder_kimg": 100.0,
-        "gan_widths": (128, 64), "gan_kimg": 2000.0, "denoiser_kimg": 1000.0,
+        "widths": (64, 32, 16, 32), "batch_size": 64, "vqvae_kimg": 193.28,
+        "decoder_widths": (64, 32), "residual_blocks": 4, "decoder_kimg": 50.0,
+        "gan_widths": (128, 64), "gan_kimg": 483.2, "denoiser_kimg": 400.0,
     },
     "classic": {
         "upsampling": "bilinear", "codebook": "loss", "reconstruction": "mse",
