@@ -10,7 +10,7 @@ h w a smaller map or the cells of an index map, F features, K codes, R rings of 
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import cv2
 import numpy as np
@@ -73,7 +73,7 @@ GAUSSIAN = tuple(math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11))  #
 BOX = (1.0,) * 5
 
 
-@lru_cache(maxsize=64)
+@cache  # what a CUDA graph reads must stay
 @torch.inference_mode(False)  # or training could not use what a notebook has left here
 def _band(taps: tuple[float, ...], size: int, margin: int, like: tuple) -> Tensor:
     """Weighted means of neighbours by `taps` as a matrix (rows, size); see `_blur`."""

@@ -205,7 +205,7 @@ class Quantizer(nn.Module):
         embedding = StraightThrough.apply(rows, V, e.to(dtype), indices)  # (N, D)
         errors = self.errors(flat, weight.detach(), bias.detach(), indices)
         rows = rows.detach()
-        sums = rows.new_zeros(len(e), rows.shape[1]).index_add_(0, indices, rows)
+        sums = sums_by_code(rows, indices, len(e))                        # (K, A + 1)
         squares = rows.T @ rows                                           # (A + 1, A + 1)
         numbers = len(flat) * e.shape[1]
         return Quantized(
@@ -264,6 +264,24 @@ class Quantizer(nn.Module):
         chosen = torch.multinomial(errors.cpu(), len(dead), generator=generator)
         self.replace(dead, project(inputs[chosen.to(dead.device)], projection))
         return len(dead)
+
+
+def sums_by_code(rows: Tensor, indices: Tensor, codes: int) -> Tensor:
+    """Sum of the rows (N, C) that chose each code, by indices (N,): (K, C).
+
+    On a GPU as products with rows of zeros and ones: its `index_add_` adds in another order
+    each time, so that the same seed would end at other bits.
+    """
+    if rows.device.type == "cpu":
+        return rows.new_zeros(codes, rows.shape[1]).index_add_(0, indices, rows)
+    return sums_by_product(rows, indices, codes)
+
+
+def sums_by_product(rows: Tensor, indices: Tensor, codes: int) -> Tensor:
+    every = torch.arange(codes, device=rows.device)[:, None]              # (K, 1)
+    few = max(1, (1 << 26) // codes)  # 0.25 GB of zeros and ones
+    parts = zip(rows.split(few), indices.split(few), strict=True)
+    return sum((every == chosen).to(part.dtype) @ part for part, chosen in parts)
 
 
 def total_error(codebook: Tensor, V: Tensor, sums: Tensor, squares: Tensor) -> Tensor:

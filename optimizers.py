@@ -36,13 +36,13 @@ class Muon(torch.optim.Adam):
             if not state:  # under the names that Adam looks for
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(grad)}
             momentum = state["exp_avg"].lerp_(grad, 1 - self.momentum)
-            step = grad.lerp(momentum, self.momentum).flatten(1)
-            alike.setdefault(step.shape, []).append((kernel, step))
+            matrix = grad.lerp(momentum, self.momentum).flatten(1)
+            alike.setdefault(matrix.shape, []).append((kernel, matrix))
             kernel.grad = None  # so that Adam leaves it alone
         for some in alike.values():  # of one size, at once: small products wait for launches
-            those, steps = zip(*some, strict=True)
-            for kernel, step in zip(those, self.orthogonal(torch.stack(steps)), strict=True):
-                kernel.sub_(step.view(kernel.shape) * kernels["lr"], alpha=self.RATIO)
+            those, matrices = zip(*some, strict=True)
+            for kernel, way in zip(those, self.orthogonal(torch.stack(matrices)), strict=True):
+                kernel.sub_(way.view(kernel.shape) * kernels["lr"], alpha=self.RATIO)
         super().step()
 
     @classmethod
@@ -53,15 +53,15 @@ class Muon(torch.optim.Adam):
             return cls.orthogonal(matrices.mT).mT * (m / n) ** 0.5
         x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
         gram = x @ x.mT  # (B, m, m): small products
-        whole = factor = cls.factor(gram)  # x would become factor @ x
+        whole = factor = cls.quintic(gram)  # x would become factor @ x
         for _ in range(4):
             gram = factor @ gram @ factor  # of what x would have become
-            factor = cls.factor(gram)
+            factor = cls.quintic(gram)
             whole = factor @ whole
         return whole @ x
 
     @classmethod
-    def factor(cls, gram: Tensor) -> Tensor:
+    def quintic(cls, gram: Tensor) -> Tensor:
         """a + b G + c G^2, of each G = X X^T (B, m, m): times X, the quintic of X."""
         a, b, c = cls.QUINTIC
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

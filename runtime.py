@@ -351,9 +351,11 @@ class Recorded:
 
     These networks are small: launching their kernels one by one takes longer than running them.
     step(*inputs, **given): inputs are tensors of the same shapes in each call, and are copied
-    to where the record reads them; each `given`, plain values, has a record of its own. The
-    step asks the device for nothing, and draws no random numbers there. What it returns is
-    overwritten by the next call. Elsewhere, or with several processes, it is just called.
+    to where the record reads them; each `given`, plain values, has a record of its own. All
+    else that the step reads (weights, optimisers' state and rates, by `train.set_lr`) must stay
+    where it lies. It asks the device for nothing, and draws no random numbers there. What it
+    returns is overwritten by the next call. Elsewhere, or with several processes, it is just
+    called.
     """
 
     WARM = 3  # calls before a record: libraries start up, optimisers make their state

@@ -222,9 +222,10 @@ class Stage:
 
 def set_lr(lr: float, optimizer: torch.optim.Optimizer):
     """On a GPU the rate is a number there, (), where a `runtime.Recorded` step finds it."""
-    for group in optimizer.param_groups:
-        device = next((weight.device for weight in group["params"]), None)
-        if device is None or device.type != "cuda":
+    groups = optimizer.param_groups
+    device = next(weight.device for group in groups for weight in group["params"])
+    for group in groups:
+        if device.type != "cuda":
             group["lr"] = lr
             continue
         if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
@@ -327,9 +328,9 @@ def train_vqvae(run: Run):
         rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
         images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]][heads])
         corner = corner_of(images, generator_of(run.seed, CROP, stage.step))
-        values, coded = step(images, corner, quantize=stage.step >= plain)
-        if coded is not None and config.codebook == "ema":
-            values = values | {"revived": revive_codes(model, *coded, stage)}
+        values, badly_coded = step(images, corner, quantize=stage.step >= plain)
+        if badly_coded is not None:
+            values = values | {"revived": revive_codes(model, *badly_coded, stage)}
         stage.after_step(values, lambda: measure_vqvae(model, stage, run), lr)
     stage.shown.close()
 
@@ -339,11 +340,10 @@ def vqvae_step(
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
     """One step on images (B, 1, H, W): eq. 3 of arXiv:1711.00937, and the codebook.
 
-    Returns losses, and inputs and errors of the `modules.Quantized`.
-
     images: this process's share of the batch; gradients and statistics are the whole batch's.
-    corner: of the window that the loss looks at. quantize False: the plain autoencoder. At
-    first z moves fast, and codes that follow it would be lost; they start when it has settled.
+    corner: of the window that the loss looks at, (2,). quantize False: the plain autoencoder.
+    At first z moves fast, and codes that follow it would be lost; they start when it has
+    settled. Returns losses, and `inputs` and `errors` of `modules.Quantized` for revival.
     """
     with runtime.autocast(images.device, config.precision):
         output, quantized = model(images, quantize)
@@ -359,10 +359,11 @@ def vqvae_step(
     values = {name: value.detach() for name, value in {"loss": loss, **values}.items()}
     processes.average_gradients(model, *values.values())
     optimizer.step()
-    if quantized is not None and config.codebook == "ema":
-        processes.sum_(quantized.counts, quantized.sums)
-        model.quantizer.update(quantized.counts, quantized.sums, config.codebook_decay)
-    return values, None if quantized is None else (quantized.inputs, quantized.errors)
+    if quantized is None or config.codebook == "loss":
+        return values, None
+    processes.sum_(quantized.counts, quantized.sums)
+    model.quantizer.update(quantized.counts, quantized.sums, config.codebook_decay)
+    return values, (quantized.inputs, quantized.errors)
 
 
 def revive_codes(model: VQVAE, inputs: Tensor, errors: Tensor, stage: Stage) -> Tensor:
@@ -376,10 +377,11 @@ def revive_codes(model: VQVAE, inputs: Tensor, errors: Tensor, stage: Stage) -> 
 
 
 def reconstruction_loss(output, images, config, variance: float, corner: Tensor) -> Tensor:
-    """L1, and in the window at `corner` 1 - SSIM and the difference in strength of detail.
+    """L1, and in the window at corner (2,) 1 - SSIM and the difference in strength of detail.
 
-    Or squared error over data variance. Where a decoder cannot know a detail, the best guess by
-    error is to leave it out: the third term wants as much of it as there was, wherever it lies.
+    Or squared error over data variance. Of output and images (B, 1, H, W). Where a decoder
+    cannot know a detail, the best guess by error is to leave it out: the third term wants as
+    much of it as there was, wherever it lies.
     """
     if config.reconstruction == "mse":
         return F.mse_loss(output, images) / variance
@@ -390,7 +392,7 @@ def reconstruction_loss(output, images, config, variance: float, corner: Tensor)
 
 def corner_of(images: Tensor, draw: torch.Generator) -> Tensor:
     """Top and left of a random window of images (.., H, W): (2,) int64, on their device."""
-    ways = (max(1, side - WINDOW + 1) for side in images.shape[-2:])
+    ways = (side - WINDOW + 1 for side in images.shape[-2:])
     corner = torch.stack([torch.randint(n, (), generator=draw) for n in ways])
     return sent(corner, images.device)
 
@@ -786,7 +788,8 @@ def decoder_step(
         output = window_at(decoding.model.decode_raw(maps), corner)
     both = images + noise[0], output + noise[1]
     values = judge_patches(decoding, *both, config, penalise)
-    loss = reconstruction_loss(output, images, config, variance, torch.zeros_like(corner))
+    whole = torch.zeros_like(corner)  # output is a window
+    loss = reconstruction_loss(output, images, config, variance, whole)
     values["reconstruction"], values["loss"] = loss, loss + ADVERSARIAL * values["g_loss"]
     decoding.optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
@@ -899,28 +902,25 @@ class Gan(RealMaps):
             "G_optimizer": self.G_optimizer, "D_optimizer": self.D_optimizer,
         }  # fmt: skip
 
-    def batch(self, nimg: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
         """Real maps (B, C, h, w), of their box, their levels (B,), and noise (B, Z).
 
         Of the batch, this process's share. Binned values are jittered within their bins, or D
         could tell real maps by their values' lying on U exact numbers.
         """
-        run, config = self.run, self.run.config
-        mine = processes.share(config.gan_batch_size)
-        chosen = order_of(run.seed, ORDER, len(self.levels), nimg, config.gan_batch_size)[mine]
+        run, config, n = self.run, self.run.config, stage.batch_size
+        mine = processes.share(n)
+        chosen = order_of(run.seed, ORDER, len(self.levels), stage.nimg, n)[mine]
         maps = self.code_map.box.inside(self.real_maps(run.data.train.rows[chosen]))
         u = self.code_map.places(maps)  # (B, C, h, w)
         if self.code_map.even:
             u = u.expand(-1, config.map_channels, -1, -1)
         if self.code_map.even and config.gan_loss == "relativistic":
-            shape = (config.gan_batch_size, 1, *u.shape[2:])
-            jitter = torch.rand(shape, generator=generator_of(run.seed, JITTER, step))[mine]
+            draw = generator_of(run.seed, JITTER, stage.step)
+            jitter = torch.rand((n, 1, *u.shape[2:]), generator=draw)[mine]
             u = u + (sent(jitter, run.device) * 2 - 1) / len(self.code_map.used)
-        shape, draw = (
-            (config.gan_batch_size, config.noise_dim),
-            generator_of(run.seed, NOISE, step),
-        )
-        noise = torch.randn(shape, generator=draw)[mine]
+        draw = generator_of(run.seed, NOISE, stage.step)
+        noise = torch.randn((n, config.noise_dim), generator=draw)[mine]
         return u, sent(self.levels[chosen], run.device), sent(noise, run.device)
 
 
@@ -934,8 +934,9 @@ def train_dcgan(run: Run):
         lr, d_lr = map(stage.lr, config.gan_lr)
         set_lr(lr, gan.G_optimizer)
         set_lr(d_lr, gan.D_optimizer)
-        batch = gan.batch(stage.nimg, stage.step)
-        values = step(*batch, penalise=stage.step % config.penalty_every == 0)
+        batch = gan.batch(stage)
+        penalise = config.gan_loss != "bce" and stage.step % config.penalty_every == 0
+        values = step(*batch, penalise=penalise)
         half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
         update_average(gan.average, gan.G, half_life, config.gan_batch_size)
         stage.after_step(values, lambda: monitor.measure(stage), lr)
@@ -947,7 +948,7 @@ def train_dcgan(run: Run):
 def dcgan_step(
     gan: Gan, real: Tensor, level: Tensor, noise: Tensor, penalise: bool
 ) -> dict[str, Tensor]:
-    """One step of the discriminator, then one of the generator on the same noise."""
+    """One step of the discriminator, then one of the generator, on a `Gan.batch`."""
     config, device = gan.run.config, gan.run.device
     with runtime.autocast(device, config.precision):
         fake = gan.G(noise, level)  # (B, C, h, w)
@@ -1198,7 +1199,10 @@ def add_contrast(real: RealMaps):
 
 
 def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tuple, tuple]:
-    """Crops of real maps (B, 32, 32), noise (B, C, 32, 32), its sigma (B,); and first cells."""
+    """Crops of real maps (B, 32, 32), noise (B, C, 32, 32) and its sigma (B,); and a start.
+
+    The latter is the first cell, down and across, of those that `denoising_loss` counts.
+    """
     run, n = stage.run, stage.batch_size
     mine, draw = processes.share(n), generator_of(run.seed, DENOISE, stage.step)
     chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modules
-from train import DETAIL
+from train import DETAIL, WINDOW
 
 
 class Upsampled(nn.Conv2d):
@@ -110,7 +110,7 @@ def vqvae_step(model: VQVAE, optimizer, images: Tensor, config, corner: Tensor):
     codes, _, commitment, chosen = model.quantizer(z)
     output = model.decoder(codes)  # (B, 1, H, W)
     top, left = corner.tolist()
-    x, y = (v[..., top : top + 128, left : left + 128] for v in (output, images))
+    x, y = (v[..., top : top + WINDOW, left : left + WINDOW] for v in (output, images))
     loss = F.l1_loss(output, images) + 1 - ssim(x, y).mean()
     loss = loss + DETAIL * F.l1_loss(detail(x), detail(y)) + config.commitment * commitment
     optimizer.zero_grad()

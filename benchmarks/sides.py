@@ -77,16 +77,15 @@ def seconds_of(function, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def a_run(config: Config, step: int = 0) -> SimpleNamespace:
-    """What a training step asks of `train.Run` and `train.Stage`."""
-    run = SimpleNamespace(config=config, seed=0, device=CPU)
-    return SimpleNamespace(run=run, step=step, steps=10**6)
+def a_run(config: Config) -> SimpleNamespace:
+    """What a training step asks of `train.Run`."""
+    return SimpleNamespace(config=config, seed=0, device=CPU)
 
 
 def some_vqvae(here: Inputs, config: Config) -> modules.VQVAE:
     """At the start of its training, with codes from real slices."""
     model = train.seeded(0, 0, lambda: modules.make_vqvae(config))
-    train.start_codebook(model, here.data.train, a_run(config).run)
+    train.start_codebook(model, here.data.train, a_run(config))
     return model
 
 
@@ -219,19 +218,22 @@ def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
     noise = torch.randn(32, config.noise_dim, generator=modules.generator_of(0))
     adam = {"betas": (config.gan_beta1, 0.99), "fused": fused}
     return SimpleNamespace(
-        run=a_run(config).run, vqvae=model, code_map=code_map, G=G, D=D, levels=levels,
+        run=a_run(config), vqvae=model, code_map=code_map, G=G, D=D, levels=levels,
         G_optimizer=torch.optim.Adam(G.parameters(), config.gan_lr[0], **adam),
         D_optimizer=torch.optim.Adam(D.parameters(), config.gan_lr[1], **adam),
-        batch=(code_map.encode(box.inside(maps)), levels, noise),
+        ready=(code_map.encode(box.inside(maps)), levels, noise),
     )  # fmt: skip
 
 
 def round_of(step: Callable, gan):
     """As many steps as lie between two penalties, and how many maps they see."""
     config = gan.run.config
-    steps = config.penalty_every
-    work = lambda: [step(gan, *gan.batch, penalise=i == 0) for i in range(steps)]  # noqa: E731
-    return work, steps * config.gan_batch_size
+
+    def steps():
+        for number in range(config.penalty_every):
+            step(gan, *gan.ready, penalise=number == 0)
+
+    return steps, config.penalty_every * config.gan_batch_size
 
 
 def dcgan_here(here: Inputs):
@@ -255,7 +257,7 @@ def generate_here(refined: bool, here: Inputs):
         denoiser.fit(gan.code_map, torch.ones(here.config.codes))
         vqvae = modules.widen_decoder(gan.vqvae, here.config)
     gan.G.eval()
-    noise, level = gan.batch[2].repeat(2, 1), gan.levels.repeat(2)
+    noise, level = gan.ready[2].repeat(2, 1), gan.levels.repeat(2)
     networks = gan.G, gan.code_map, vqvae
 
     def generate():  # as predict.py does

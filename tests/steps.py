@@ -118,10 +118,12 @@ def gan_steps() -> dict:
     gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
     parts, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
     before = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
-    for step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
-        batch = gan.batch(8 * step, step)
-        values = train.dcgan_step(gan, *batch, penalise=step % CONFIG.penalty_every == 0)
-        train.update_average(gan.average, gan.G, 0.05 * 8 * step, 8)
+    stage = SimpleNamespace(batch_size=8)
+    for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
+        stage.nimg = 8 * stage.step
+        penalise = stage.step % CONFIG.penalty_every == 0
+        values = train.dcgan_step(gan, *gan.batch(stage), penalise)
+        train.update_average(gan.average, gan.G, 0.05 * stage.nimg, 8)
         losses.append([values["d_loss"].item(), values["g_loss"].item()])
         losses[-1] += [values[k].item() if k in values else 0.0 for k in ("r1", "r2")]
     after = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}

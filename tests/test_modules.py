@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import modules
 from config import PRESETS, Config
 from modules import (
     DRAW_BATCH,
@@ -166,6 +167,14 @@ def test_moving_averages_by_brute_force():
         expected[k] = total / count
     q.update(out.counts, out.sums, 0.9)
     torch.testing.assert_close(q.codebook, expected)
+
+
+def test_sums_by_code_are_the_same_by_products_as_by_adding():
+    rows, indices = torch.randn(300_000, 9), torch.randint(500, (300_000,))  # in three parts
+    expected = torch.zeros(512, 9).index_add_(0, indices, rows)
+    assert torch.equal(modules.sums_by_code(rows, indices, 512), expected)
+    found = modules.sums_by_product(rows, indices, 512)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_code_never_used_stays_where_it_is():

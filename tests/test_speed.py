@@ -68,7 +68,7 @@ def one_dcgan_step(here, function, penalise: bool):
     gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=0.01)
     weights = [*gan.G.parameters(), *gan.D.parameters()]
     before = [w.detach().clone() for w in weights]
-    losses = function(gan, *gan.batch, penalise)
+    losses = function(gan, *gan.ready, penalise)
     return (losses["g_loss"], losses["d_loss"]), [
         w.detach() - old for w, old in zip(weights, before, strict=True)
     ]

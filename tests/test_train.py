@@ -717,7 +717,7 @@ def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
         batch = train.decoder_batch(gan, slices, stage)
         values = train.decoder_step(decoding, TINY, 1.0, *batch, penalise)
         assert values["g_loss"].device == meta
-        values = train.dcgan_step(gan, *gan.batch(stage.nimg, stage.step), penalise)
+        values = train.dcgan_step(gan, *gan.batch(stage), penalise)
         train.update_average(gan.average, gan.G, 4, 4)
         assert values["g_loss"].device == meta
     denoiser = modules.make_denoiser(TINY).to(meta)
