@@ -27,23 +27,21 @@ from dataset import BrainSlices, Data, evenly
 from modules import generator_of
 
 PART = 128  # slices in memory at a time
-HAND_BACK = 4  # parts between two times that free memory is handed back
 LARGE = 2**22  # bytes of features that stay in memory: some 6,000 slices
 CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
 
 
 def handing_back(parts):
-    """A function that yields parts, and now and then hands back the memory that they took.
+    """A function that yields parts, and after each hands back the memory that it took.
 
     With what is kept of parts between, memory would creep up, the larger the split.
     """
 
     @functools.wraps(parts)
     def handed_back(*arguments) -> Iterator[Tensor]:
-        for number, part in enumerate(parts(*arguments)):
+        for part in parts(*arguments):
             yield part
-            if number % HAND_BACK == 0:
-                runtime.release_memory()
+            runtime.release_memory()
 
     return handed_back
 
