@@ -241,6 +241,13 @@ def order_of(seed: int, purpose: int, n: int, start: int, count: int) -> np.ndar
     return np.concatenate(parts)
 
 
+def batch_rows(stage: Stage) -> np.ndarray:
+    """This process's share of the batch, as positions in the training split: (B,)."""
+    run, n = stage.run, stage.batch_size
+    order = order_of(run.seed, ORDER, len(run.data.train), stage.nimg, n)
+    return order[processes.share(n)]
+
+
 @functools.lru_cache(maxsize=4)
 def permutation(seed: int, purpose: int, n: int, epoch: int) -> np.ndarray:
     return torch.randperm(n, generator=generator_of(seed, purpose, epoch)).numpy()
@@ -325,8 +332,7 @@ def train_vqvae(run: Run):
             start_codebook(model, train, run)
         lr = stage.lr(config.lr)
         set_lr(lr, optimizer)
-        rows = order_of(run.seed, ORDER, len(train), stage.nimg, config.batch_size)
-        images = unit_range(slices[train.rows[rows[processes.share(len(rows))]]][heads])
+        images = unit_range(slices[train.rows[batch_rows(stage)]][heads])
         corner = corner_of(images, generator_of(run.seed, CROP, stage.step))
         values, badly_coded = step(images, corner, quantize=stage.step >= plain)
         if badly_coded is not None:
@@ -766,9 +772,7 @@ def decoder_batch(real: RealMaps, slices: Feed, stage: Stage) -> tuple[Tensor, .
     """
     run, n = stage.run, stage.batch_size
     draw = generator_of(run.seed, SHARPEN, stage.step)
-    mine = processes.share(n)
-    chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
-    rows = run.data.train.rows[chosen]
+    mine, rows = processes.share(n), run.data.train.rows[batch_rows(stage)]
     maps, pixels = real.real_maps(rows), slices[rows]  # (B, h, w), (B, H, W) uint8
     window, cells, corner = window_of(pixels, maps, real.code_map.box, run.config, draw)
     noise = PATCH_NOISE * torch.randn((2, n, 1, WINDOW, WINDOW), generator=draw)[:, mine]
@@ -909,8 +913,7 @@ class Gan(RealMaps):
         could tell real maps by their values' lying on U exact numbers.
         """
         run, config, n = self.run, self.run.config, stage.batch_size
-        mine = processes.share(n)
-        chosen = order_of(run.seed, ORDER, len(self.levels), stage.nimg, n)[mine]
+        mine, chosen = processes.share(n), batch_rows(stage)
         maps = self.code_map.box.inside(self.real_maps(run.data.train.rows[chosen]))
         u = self.code_map.places(maps)  # (B, C, h, w)
         if self.code_map.even:
@@ -1205,9 +1208,8 @@ def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tu
     """
     run, n = stage.run, stage.batch_size
     mine, draw = processes.share(n), generator_of(run.seed, DENOISE, stage.step)
-    chosen = order_of(run.seed, ORDER, len(real.levels), stage.nimg, n)[mine]
     box = real.code_map.box
-    maps = box.inside(real.real_maps(run.data.train.rows[chosen]))  # (B, h, w)
+    maps = box.inside(real.real_maps(run.data.train.rows[batch_rows(stage)]))  # (B, h, w)
     ways = torch.tensor(box.size) - CROP_CELLS + 1  # to put a crop, along each side
     corners = (torch.rand((n, 2), generator=draw) * ways).long()[..., None]  # (n, 2, 1)
     cells = sent(corners[mine] + torch.arange(CROP_CELLS), run.device)  # (B, 2, 32)

@@ -118,7 +118,7 @@ def gan_steps() -> dict:
     gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
     parts, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
     before = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
-    stage = SimpleNamespace(batch_size=8)
+    stage = SimpleNamespace(run=gan.run, batch_size=8)
     for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
         stage.nimg = 8 * stage.step
         penalise = stage.step % CONFIG.penalty_every == 0
