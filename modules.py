@@ -1,24 +1,19 @@
-"""The networks and what lies between them: VQ-VAE, code map, DCGAN, denoiser; their losses.
+"""The networks and their losses: VQ-VAE, code map, DCGAN.
 
-Pure: tensors in, tensors out. No files, no devices, no surprises in `forward`: a quantiser
-returns its statistics, and whoever trains it calls `update`. Only the networks' first weights
-come from torch's global random state.
+Pure: tensors in, tensors out. A forward changes no state. Random numbers come from a passed
+generator; only the initial weights come from torch's global random state.
 
-  images        (B, 1, H, W)  float32 [0,1]      H = W = 256, or a part of it
+  images        (B, 1, H, W)  float32 [0,1]      H = W = 256, or a window of it
   index maps    (B, h, w)     int64 0..K-1       h = w = 64
-  GAN space     (B, C, h, w)  float32            what the DCGAN draws: unit variance or (-1,1),
-                                                 of the maps' box
+  GAN space     (B, C, h, w)  float32            maps as the DCGAN draws them, cropped
 
 Dimensions: B batch, H W pixels, h w code-map cells, D code dimension, K codes, U used codes,
-N = B*h*w positions, A channels before the quantiser, C channels of GAN space or coordinates,
-Z noise, L level features, E features of the strength of noise.
+N = B*h*w positions, A channels before the quantiser, C channels of GAN space, Z noise,
+L slice-level features.
 """
 
-import functools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,144 +22,87 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from support.device import sums_by_index
 
 # --- VQ-VAE -------------------------------------------------------------------------------
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(relu(conv(relu(x)))), as in van den Oord et al. 2017, section 4.1."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
-
-
 class UpsampleConv(nn.Conv2d):
-    """Upsampling by 2, then a 3x3 convolution.
-
-    With nearest upsampling both are one convolution at the low resolution: an output pixel of
-    parity (i, j) sees only 2x2 distinct inputs, so four small kernels (sums of the taps of the
-    3x3 kernel that fall on the same input) give four times the channels, which are then
-    interleaved: as `pixel_shuffle` does, but in runs of 2 * out numbers. The same function,
-    borders included, with 2.25 times fewer multiplications and without the upsampled copy.
-    """
+    """Upsampling by 2, then a 3x3 convolution without bias."""
 
     def __init__(self, in_channels: int, out_channels: int, upsampling: str):
         super().__init__(in_channels, out_channels, 3, padding=1, bias=False)
         self.upsampling = upsampling
         # taps[i, r, t]: does tap t of the 3x3 kernel fall on low-resolution offset r - 1
-        # for output parity i? Even pixels see (-1, 0, 0), odd ones (0, 0, +1).
+        # for output parity i? Even pixels use (-1, 0, 0), odd ones (0, 0, +1).
         even, odd = [[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
         self.register_buffer("taps", torch.tensor([even, odd]).float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.upsampling == "bilinear":
-            up = F.interpolate(x, scale_factor=2, mode="bilinear")        # (B, in, 2H, 2W)
-            return F.conv2d(up, self.weight, padding=1)                   # (B, out, 2H, 2W)
-        folded = torch.einsum("irt,jsu,octu->ijocrs", self.taps, self.taps, self.weight)
-        parities = cells(F.conv2d(x, folded.flatten(0, 2), padding=1))    # (B*H*W, 4*out)
-        B, _, H, W = x.shape
-        out = self.out_channels
-        rows = Swap.apply(parities.view(B, H, W, 2, 2 * out))             # (B, H, 2, W, 2*out)
-        return rows.view(B, 2 * H, 2 * W, out).permute(0, 3, 1, 2)        # (B, out, 2H, 2W)
+        """(B, in, H, W) -> (B, out, 2H, 2W)."""
+        if self.upsampling == "nearest":
+            return self.folded(x)
+        up = F.interpolate(x, scale_factor=2, mode=self.upsampling)       # (B, in, 2H, 2W)
+        return F.conv2d(up, self.weight, padding=1)                       # (B, out, 2H, 2W)
 
+    def folded(self, x: Tensor) -> Tensor:
+        """Nearest upsampling and the convolution as one convolution at low resolution.
 
-class Swap(torch.autograd.Function):
-    """(B, H, a, b, n) -> (B, H, b, a, n), n even: a copy that moves two numbers as one.
-
-    Of a single channel, whose runs are of two numbers, in a third to a tenth of the time.
-    """
-
-    @staticmethod
-    def forward(ctx, x):
-        pair = {2: torch.int32, 4: torch.int64, 8: torch.complex128}[x.element_size()]
-        return x.contiguous().view(pair).transpose(2, 3).contiguous().view(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Swap.apply(gradient)
+        An output pixel of parity (i, j) depends on 2x2 inputs only. So four kernels, whose taps
+        are sums of the 3x3 kernel's taps on the same input, give four times the channels, which
+        `pixel_shuffle` interleaves. 2.25 times fewer multiplications, no upsampled copy.
+        """
+        kernels = torch.einsum("irt,jsu,octu->oijcrs", self.taps, self.taps, self.weight)
+        return F.pixel_shuffle(F.conv2d(x, kernels.flatten(0, 2), padding=1), 2)
 
 
 def make_encoder(full: int, half: int) -> nn.Sequential:
-    """(B, 1, H, W) -> (B, A, H/4, W/4). Pooling before ReLU: the same, on fewer numbers."""
+    """(B, 1, H, W) -> (B, A, H/4, W/4). No biases, so black stays zero.
+
+    Pooling stands before ReLU: the result is the same, on fewer numbers.
+    """
     return nn.Sequential(
-        nn.Conv2d(1, full, 3, padding=1, bias=False),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
-        nn.Conv2d(full, half, 3, padding=1, bias=False),
-        nn.MaxPool2d(2),
-        nn.ReLU(),
+        nn.Conv2d(1, full, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.ReLU(),
+        nn.Conv2d(full, half, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.ReLU(),
     )
 
 
-def make_decoder(
-    dim: int, half: int, full: int, blocks: int, upsampling: str
-) -> nn.Sequential:
+def make_decoder(dim: int, half: int, full: int, upsampling: str, *refining) -> nn.Sequential:
     """(B, D, h, w) -> (B, 1, 4h, 4w), without an output activation.
 
-    Residual blocks are for decoders alone: in the encoder, they make maps that are harder to
-    learn.
+    refining: further layers, on the (B, half, h, w) cells.
     """
     return nn.Sequential(
-        nn.Conv2d(dim, half, 3, padding=1, bias=False),
-        *(ResidualBlock(half) for _ in range(blocks)),
-        nn.ReLU(),
-        UpsampleConv(half, full, upsampling),
-        nn.ReLU(),
+        nn.Conv2d(dim, half, 3, padding=1, bias=False), *refining, nn.ReLU(),
+        UpsampleConv(half, full, upsampling), nn.ReLU(),
         UpsampleConv(full, 1, upsampling),
     )
 
 
 class Quantized(NamedTuple):
-    """What one pass through the quantiser yields.
+    """What `Quantizer.forward` returns. The statistics are for `Quantizer.update`."""
 
-    The statistics are for `Quantizer.update`; after `backward`, which needs the codes as they
-    were.
-    """
-
-    embedding: Tensor  # (B, D, h, w) code vectors, with the gradient of z (straight-through)
+    embedding: Tensor  # (B, D, h, w) code vectors; their gradient goes to z
     indices: Tensor  # (B, h, w) int64
     codebook_loss: Tensor  # () |sg(z) - e|^2, second term of eq. 3
     commitment: Tensor  # () |z - sg(e)|^2, third term of eq. 3, not yet times beta
-    counts: Tensor  # (K,) how often each code was used
-    sums: Tensor  # (K, D) sum of the vectors z that chose it
-    inputs: Tensor  # (N, A) what z = W a + b is made of, detached
+    counts: Tensor  # (K,) uses of each code
+    sums: Tensor  # (K, D) sum of the vectors z that chose each code
+    z: Tensor  # (N, D) detached
     errors: Tensor  # (N,) squared distance of each z to its code
-
-
-class StraightThrough(torch.autograd.Function):
-    """Code vectors forward; backward, the gradient goes to z = V (a, 1) as if they were z.
-
-    van den Oord et al. 2017, section 3.2. z itself, D numbers a cell, is never made.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, V, codebook, indices):
-        """rows (N, A + 1), each of them (a, 1); V (D, A + 1); -> (N, D)."""
-        ctx.save_for_backward(rows, V)
-        return F.embedding(indices, codebook)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        rows, V = (x.to(gradient.dtype) for x in ctx.saved_tensors)
-        return (gradient @ V).float(), (gradient.T @ rows).float(), None, None
 
 
 class Quantizer(nn.Module):
     """Nearest of K code vectors (van den Oord et al. 2017, arXiv:1711.00937, eq. 1 and 2).
 
     learned_by "loss": the codebook is a parameter, moved by the second term of eq. 3.
-    learned_by "ema": it is a moving average of the vectors that chose it (appendix A.1);
-    counts start at 1, so that a code that is never chosen stays where it is.
+    learned_by "ema": each code is a moving average of the vectors that chose it (appendix A.1).
+    Counts start at 1, so a code that is never chosen stays where it is.
     """
 
     def __init__(self, codes: int, dim: int, learned_by: str):
         super().__init__()
-        start = (torch.rand(codes, dim) * 2 - 1) / codes  # uniform, as the original
+        start = (torch.rand(codes, dim) * 2 - 1) / codes  # uniform, as in the original
         if learned_by == "loss":
             self.codebook = nn.Parameter(start)
         else:
@@ -172,68 +110,52 @@ class Quantizer(nn.Module):
         self.register_buffer("count", torch.ones(codes))
         self.register_buffer("sum", start.clone())
 
-    @torch.no_grad()
-    def search(self, a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Index of the code nearest to z = W a + b, found without making z.
+    def forward(self, a: Tensor, projection: nn.Conv2d, dtype=torch.float32) -> Quantized:
+        """a (B, A, h, w) float32 -> z, by the 1x1 `projection` -> codes; embedding in dtype."""
+        B, _, h, w = a.shape
+        rows = cells(a)                                                   # (N, A)
+        z = project(rows, projection)                                     # (N, D)
+        indices = self.search(rows.detach(), projection)                  # (N,)
+        e = F.embedding(indices, self.codebook)                           # (N, D)
+        straight_through = z + (e - z).detach()                           # (N, D) section 3.2
+        errors = (z - e).detach().square().sum(1)                         # (N,)
+        rows = F.pad(z.detach(), (0, 1), value=1.0)                       # (N, D + 1)
+        sums = sums_by_index(rows, indices, len(self.codebook))           # (K, D + 1)
+        return Quantized(
+            embedding=straight_through.to(dtype).view(B, h, w, -1).permute(0, 3, 1, 2),
+            indices=indices.view(B, h, w),
+            codebook_loss=F.mse_loss(e, z.detach()),
+            commitment=F.mse_loss(z, e.detach()),
+            counts=sums[:, -1].contiguous(),
+            sums=sums[:, :-1].contiguous(),
+            z=z.detach(),
+            errors=errors,
+        )
 
-        |Wa+b-e|^2 = |Wa|^2 - 2 a.W'(e-b) + |e-b|^2, whose first term is the same for all
-        codes: A multiplications per code in place of D. a (N, A), W (D, A), b (D,) -> (N,).
-        On a CPU in pieces, so that the scores stay in the cache, and the background, which is
-        exactly 0 behind convolutions without bias, is searched once for all its cells.
+    @torch.no_grad()
+    def search(self, a: Tensor, projection: nn.Conv2d) -> Tensor:
+        """Index (N,) of the code nearest to each z = W a + b, from a (N, A).
+
+        |Wa + b - e|^2 = |Wa|^2 - 2 a.W'(e - b) + |e - b|^2. The first term is the same for all
+        codes and is left out, so the search takes A multiplications per code instead of D.
         """
-        shifted = self.codebook - bias                                    # (K, D)
+        weight = projection.weight.flatten(1)                             # (D, A)
+        shifted = self.codebook - projection.bias                         # (K, D)
         keys = torch.cat([weight.T @ shifted.T, shifted.square().sum(1)[None] / -2])
         a = F.pad(a, (0, 1), value=1.0)                                   # (N, A + 1)
         if a.device.type != "cpu":
             rows = max(1, (1 << 27) // len(self.codebook))  # 0.5 GB of scores
             return torch.cat([best(part @ keys) for part in a.split(rows)])
-        zero = torch.zeros_like(a[:1])
-        zero[:, -1] = 1.0
-        indices = best(zero @ keys).repeat(len(a))                        # (N,)
+        # Background is exactly 0: one search for all its cells. 4,096 rows fit into the cache.
+        background = F.pad(torch.zeros_like(a[:1, :-1]), (0, 1), value=1.0)
+        indices = best(background @ keys).repeat(len(a))                  # (N,)
         inside = a[:, :-1].any(1).nonzero().flatten()
         indices[inside] = torch.cat([best(part @ keys) for part in a[inside].split(4096)])
         return indices
 
-    def forward(self, a: Tensor, projection: nn.Conv2d, dtype=torch.float32) -> Quantized:
-        """a (B, A, h, w) float32, the input of the 1x1 `projection` to D channels z."""
-        B, _, h, w = a.shape
-        weight, bias = projection.weight.flatten(1), projection.bias      # (D, A), (D,)
-        V = torch.cat([weight, bias[:, None]], 1)                         # (D, A + 1)
-        flat, e = cells(a), self.codebook                                 # (N, A), (K, D)
-        rows = F.pad(flat, (0, 1), value=1.0)                             # (N, A + 1)
-        indices = self.search(flat.detach(), weight, bias)                # (N,)
-        embedding = StraightThrough.apply(rows, V, e.to(dtype), indices)  # (N, D)
-        errors = self.errors(flat, weight.detach(), bias.detach(), indices)
-        rows = rows.detach()
-        sums = sums_by_code(rows, indices, len(e))                        # (K, A + 1)
-        squares = rows.T @ rows                                           # (A + 1, A + 1)
-        numbers = len(flat) * e.shape[1]
-        return Quantized(
-            embedding=embedding.view(B, h, w, -1).permute(0, 3, 1, 2),    # (B, D, h, w)
-            indices=indices.view(B, h, w),
-            codebook_loss=(
-                errors.detach().sum() + slope(total_error(e, V.detach(), sums, squares))
-            ) / numbers,
-            commitment=(
-                errors.sum() + slope(total_error(e.detach(), V, sums, squares))
-            ) / numbers,
-            counts=sums[:, -1].contiguous(),
-            sums=sums @ V.detach().T,                                     # (K, D)
-            inputs=flat.detach(),
-            errors=errors.detach(),
-        )
-
-    def errors(self, a: Tensor, weight: Tensor, bias: Tensor, indices: Tensor) -> Tensor:
-        """|z - sg(e)|^2 per position (N,), from the A numbers a of z = W a + b."""
-        shifted = self.codebook.detach() - bias                           # (K, D)
-        keys = torch.cat([shifted @ weight * -2, shifted.square().sum(1)[:, None]], 1)
-        chosen = F.embedding(indices, keys)                               # (N, A + 1)
-        squares = (a @ (weight.T @ weight) + chosen[:, :-1]) * a          # (N, A)
-        return (squares.sum(1) + chosen[:, -1]).clamp_min(0)              # (N,)
-
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, decay: float):
-        """One step of the moving averages, appendix A.1. Codes of negligible count stay put."""
+        """One step of the moving averages (appendix A.1). Codes of tiny count stay put."""
         self.count.lerp_(counts, 1 - decay)
         self.sum.lerp_(sums, 1 - decay)
         alive, mean = self.count > 1e-3, self.sum / self.count[:, None]   # (K,) (K, D)
@@ -241,73 +163,41 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def replace(self, codes: Tensor, vectors: Tensor):
-        """Set code vectors, and with them sum and count, or the old sum would undo it."""
+        """Set code vectors. Sum and count are set too, or the old sum would undo it."""
         self.codebook[codes] = vectors
         self.count[codes] = 1.0
         self.sum[codes] = vectors
 
     @torch.no_grad()
-    def revive(
-        self, inputs: Tensor, errors: Tensor, projection: nn.Conv2d, below: float,
-        generator: torch.Generator,
-    ) -> int:
-        """Move codes used less than `below` times a step to vectors that are coded badly.
+    def revive(self, z: Tensor, errors: Tensor, below: float, generator) -> int:
+        """Move codes used less than `below` times a step to badly coded z (N, D).
 
-        inputs (N, A), errors (N,): as in `Quantized`. Returns how many codes were moved.
-        Vectors are drawn with probability proportional to their squared error, as k-means++
-        draws its starts: in a brain slice most vectors are background and coded perfectly.
+        errors (N,): squared distances of z to their codes. Returns how many codes moved.
+        Vectors are drawn with probability proportional to their error, as k-means++ draws its
+        starts: in a brain slice most vectors are background and coded perfectly.
         """
         dead = (self.count < below).nonzero().flatten()
         if len(dead) == 0 or errors.sum() == 0:
             return 0
         dead = dead[: int((errors > 0).sum())]
         chosen = torch.multinomial(errors.cpu(), len(dead), generator=generator)
-        self.replace(dead, project(inputs[chosen.to(dead.device)], projection))
+        self.replace(dead, z[chosen.to(dead.device)])
         return len(dead)
 
 
-def sums_by_code(rows: Tensor, indices: Tensor, codes: int) -> Tensor:
-    """Sum of the rows (N, C) that chose each code, by indices (N,): (K, C).
-
-    On a GPU as products with rows of zeros and ones: its `index_add_` adds in another order
-    each time, so that the same seed would end at other bits.
-    """
-    if rows.device.type == "cpu":
-        return rows.new_zeros(codes, rows.shape[1]).index_add_(0, indices, rows)
-    return sums_by_product(rows, indices, codes)
-
-
-def sums_by_product(rows: Tensor, indices: Tensor, codes: int) -> Tensor:
-    every = torch.arange(codes, device=rows.device)[:, None]              # (K, 1)
-    few = max(1, (1 << 26) // codes)  # 0.25 GB of zeros and ones
-    parts = zip(rows.split(few), indices.split(few), strict=True)
-    return sum((every == chosen).to(part.dtype) @ part for part, chosen in parts)
-
-
-def total_error(codebook: Tensor, V: Tensor, sums: Tensor, squares: Tensor) -> Tensor:
-    """Sum of |V h - e|^2 over N positions h = (a, 1): (), from few numbers.
-
-    V (D, A + 1); codebook (K, D); sums (K, A + 1) of the h that chose each code; squares
-    (A + 1, A + 1), the sum of h h'. With it V and the codes learn from N positions without
-    another look at them.
-    """
-    own = (V.T @ V * squares).sum() + sums[:, -1] @ codebook.square().sum(1)
-    return own - 2 * (sums @ V.T * codebook).sum()
-
-
-def slope(x: Tensor) -> Tensor:
-    """0, with the gradient of x."""
-    return x - x.detach()
-
-
 def best(scores: Tensor) -> Tensor:
-    """Column (N,) of the highest of each row (N, K): argmax, in less than half of its time."""
+    """Column (N,) of the highest score in each row (N, K). `max` is twice as fast as argmax."""
     return scores.max(1).indices
 
 
 def project(a: Tensor, projection: nn.Conv2d) -> Tensor:
     """The 1x1 convolution on a list of cells: (N, A) -> z (N, D)."""
     return F.linear(a, projection.weight.flatten(1), projection.bias)
+
+
+def cells(x: Tensor) -> Tensor:
+    """Maps (B, C, h, w) -> their cells as rows (B*h*w, C)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 class VQVAE(nn.Module):
@@ -325,26 +215,26 @@ class VQVAE(nn.Module):
         self.encoder = make_encoder(*widths[:2])
         self.pre_vq = nn.Conv2d(widths[1], dim, 1)
         self.quantizer = Quantizer(codes, dim, codebook)
-        self.decoder = make_decoder(dim, *widths[2:], blocks=0, upsampling=upsampling)
+        self.decoder = make_decoder(dim, *widths[2:], upsampling)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Quantized | None]:
-        """Images (B, 1, H, W) -> reconstructions (B, 1, H, W), not clipped, and the codes.
+        """Images (B, 1, H, W) -> unclipped reconstructions (B, 1, H, W), and the codes.
 
-        quantize False: the plain autoencoder, whose decoder reads z itself.
+        quantize False: a plain autoencoder, whose decoder reads z.
         """
         a = self.encoded(x)                                               # (B, A, h, w)
         if not quantize:
             return self.decoder(self.pre_vq(a)), None                     # (B, 1, H, W)
-        with torch.autocast(x.device.type, enabled=False):  # codes differ by little: float32
+        with torch.autocast(x.device.type, enabled=False):  # codes lie close: float32
             quantized = self.quantizer(a.float(), self.pre_vq, a.dtype)
         return self.decoder(quantized.embedding), quantized               # (B, 1, H, W)
 
     def encoded(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) -> the encoder's output (B, A, H/4, W/4).
 
-        Of 0 it makes 0, since it has no biases. So on a CPU it looks only at the box outside of
-        which all images are 0 (on a GPU, to ask for that box would be to wait for it).
+        On a CPU the encoder skips the margins in which all images are black: black gives zero.
+        On a GPU, finding these margins would synchronise.
         """
         if x.device.type != "cpu" or len(x) == 0:
             return self.encoder(x.contiguous(memory_format=torch.channels_last))
@@ -354,45 +244,53 @@ class VQVAE(nn.Module):
         return F.pad(a, margins)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, 1, H, W) -> index maps (B, h, w) int64."""
-        return self.in_parts(self.encode_some, x)
+        """Images (B, 1, H, W) -> index maps (B, h, w) int64.
 
-    def encode_some(self, x: Tensor) -> Tensor:
-        a = self.encoded(x)                                               # (B, A, h, w)
-        flat = cells(a.float())                                           # (N, A)
-        if not torch.isfinite(flat).all():  # the argmin of NaN would be code 0, a fine picture
-            raise FloatingPointError("the encoder's output is not finite")
-        weight, bias = self.pre_vq.weight.flatten(1), self.pre_vq.bias
-        return self.quantizer.search(flat, weight, bias).view(len(x), *a.shape[2:])
+        Raises FloatingPointError if the encoder's output is not finite.
+        """
+
+        def some(x: Tensor) -> Tensor:
+            a = self.encoded(x)                                           # (B, A, h, w)
+            rows = cells(a.float())                                       # (N, A)
+            if not torch.isfinite(rows).all():  # argmin of NaN would be code 0, a valid picture
+                raise FloatingPointError("the encoder's output is not finite")
+            return self.quantizer.search(rows, self.pre_vq).view(len(x), *a.shape[2:])
+
+        return self.in_parts(some, x)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1]."""
-        return self.in_parts(self.decode_some, indices)
+        """Index maps (B, h, w) int64 -> images (B, 1, 4h, 4w) float32, clipped to [0,1].
 
-    def decode_some(self, indices: Tensor) -> Tensor:
-        images = self.decode_raw(indices)                                 # (B, 1, 4h, 4w)
-        if not torch.isfinite(images).all():
-            raise FloatingPointError("the decoder's output is not finite")
-        return images.clamp(0, 1)
+        Raises FloatingPointError if the decoder's output is not finite.
+        """
 
-    def in_parts(self, function, x: Tensor) -> Tensor:
-        """function(x), a few rows at a time, on the weights' device; it ends up where x is."""
-        device = self.quantizer.codebook.device
-        few = 16 if device.type == "cpu" else 128  # what a CPU's cache holds
-        return torch.cat([function(part.to(device)).to(x.device) for part in x.split(few)])
+        def some(indices: Tensor) -> Tensor:
+            images = self.decode_raw(indices)                             # (B, 1, 4h, 4w)
+            if not torch.isfinite(images).all():
+                raise FloatingPointError("the decoder's output is not finite")
+            return images.clamp(0, 1)
+
+        return self.in_parts(some, indices)
 
     def decode_raw(self, indices: Tensor) -> Tensor:
-        """The same, neither clipped nor checked: for training."""
+        """Like `decode`, neither clipped nor checked: for training."""
         embedding = F.embedding(indices, self.quantizer.codebook)         # (B, h, w, D)
         return self.decoder(embedding.permute(0, 3, 1, 2)).float()        # (B, 1, 4h, 4w)
+
+    def in_parts(self, function, x: Tensor) -> Tensor:
+        """function(x), some rows at a time, on the weights' device; the result is on x's."""
+        device = self.quantizer.codebook.device
+        few = 16 if device.type == "cpu" else 128  # what fits into a CPU's cache
+        return torch.cat([function(part.to(device)).to(x.device) for part in x.split(few)])
 
 
 @torch.no_grad()
 def blank_margins(x: Tensor) -> list[int]:
-    """Cells left, right, above and below that see only 0 in all images (B, 1, H, W).
+    """Cells on the left, right, top and bottom that are 0 in the encoder's output.
 
-    None where nothing is seen at all. H and W are multiples of 4. A cell, 4x4 pixels, sees 3
-    pixels more on each side: 1 by the first convolution, 2 by the second, at half the size.
+    x (B, 1, H, W), H and W multiples of 4. A cell covers 4x4 pixels and depends on 3 pixels
+    more on each side: 1 by the first convolution, 2 by the second, at half the size. If all
+    images are black, no margin is blank.
     """
     seen = (x.amax((0, 1)) != 0) | (x.amin((0, 1)) != 0)                  # (H, W)
     margins = []
@@ -403,154 +301,95 @@ def blank_margins(x: Tensor) -> list[int]:
     return margins
 
 
-def make_vqvae(config: Config, sharper: bool = False) -> VQVAE:
-    """At its start. sharper: with the larger decoder of stage 3."""
-    model = VQVAE(
-        config.codes,
-        config.code_dim,
-        config.widths,
-        config.upsampling,
-        config.codebook,
-    )
-    # The original recipe keeps torch's own start, whose signals shrink from layer to layer.
-    if config.codebook == "ema":
-        model.apply(start_awake)
-        model.decoder[-1].weight.data.mul_(0.1)  # dark pictures: the first steps raise filters
-    return widen_decoder(model, config) if sharper else model
-
-
-@torch.no_grad()
-def widen_decoder(model: VQVAE, config: Config) -> VQVAE:
-    """Give the model a larger decoder that draws the same, and so goes on from there.
-
-    After Chen et al. 2016 (Net2Net, arXiv:1511.05641): its further channels start at random,
-    but with weights of 0 in what reads them, and residual blocks add nothing at first.
-    """
-    widths = map(max, config.widths[2:], config.decoder_widths)
-    wide = make_decoder(config.code_dim, *widths, config.residual_blocks, config.upsampling)
-    wide.apply(start_awake)
-    wide.to(model.quantizer.codebook.device, memory_format=torch.channels_last)
-    old, new = ([m for m in d if isinstance(m, nn.Conv2d)] for d in (model.decoder, wide))
-    for small, large in zip(old, new, strict=True):
-        outs, ins = small.weight.shape[:2]
-        large.weight[:outs, ins:] = 0
-        large.weight[:outs, :ins] = small.weight
-    model.decoder = wide
+def make_vqvae(config: Config) -> VQVAE:
+    """The VQ-VAE of stage 1 with its initial weights."""
+    if config.original:  # keeps torch's own start, whose signals shrink from layer to layer
+        return VQVAE(config.codes, config.code_dim, config.widths, "bilinear", "loss")
+    model = VQVAE(config.codes, config.code_dim, config.widths)
+    model.apply(start_awake)
+    model.decoder[-1].weight.data.mul_(0.1)  # dark pictures: the first steps raise filters
     return model
 
 
 @torch.no_grad()
 def start_awake(module: nn.Module):
-    """He's start, each filter's sign chosen so that its weights have a positive sum.
+    """He's start, with each filter's sign chosen so that its weights have a positive sum.
 
-    Slices and the outputs of ReLU are nowhere negative and these convolutions have no bias: a
-    filter of negative sum rests at 0 almost everywhere and seldom wakes. With random signs
-    half of the 8 channels before the quantiser were lost, which ones being up to the seed.
-    A residual block adds nothing at first.
+    Slices and ReLU outputs are never negative and these convolutions have no bias: a filter of
+    negative sum is 0 almost everywhere and seldom learns. With random signs, half of the 8
+    channels before the quantiser were lost.
     """
     start_at_he(module)
     if isinstance(module, nn.Conv2d):
         module.weight.mul_(module.weight.sum((1, 2, 3), keepdim=True).sign())
-    if isinstance(module, ResidualBlock):  # its convolutions have been started before it
-        nn.init.zeros_(module.conv2.weight)
-
-
-class PatchDiscriminator(nn.Module):
-    """One logit for every 4x4 pixels, by the 30x30 about them: of a slice, or drawn?
-
-    Isola et al. 2017, arXiv:1611.07004, section 3.2.2, smaller. It sees the image, and beside
-    it the image minus its 5x5 mean, ten times as strong: what the two differ in.
-    """
-
-    def __init__(self, width: int = 32):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(2, width, 4, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 1, 3, padding=1),
-        )
-        self.apply(start_at_he)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, 1, H, W), H and W multiples of 4 -> logits (B, H/4, W/4)."""
-        fine = x - F.avg_pool2d(x, 5, 1, 2)                               # (B, 1, H, W)
-        seen = torch.cat([2 * x, 10 * fine], 1)                           # (B, 2, H, W)
-        return self.layers(seen.contiguous(memory_format=torch.channels_last))[:, 0]
-
-
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of a code histogram (K,): how many codes are in use, effectively."""
-    p = counts.double() / counts.sum()
-    return math.exp(-torch.xlogy(p, p).sum().item())
 
 
 # --- code map: index maps <-> GAN space ---------------------------------------------------
 
-MAP = (64, 64)  # cells of an index map
-STEP, LEAST = 8, 32  # cells: a box's sides are multiples, and hold a window and a crop
+MAP = 64  # cells on a side of an index map
+PIXELS = 4  # on a side of a cell
+STEP, LEAST = 8, 32  # cells: a crop's sides are multiples of STEP, and at least LEAST
 
 
-def sides_about(cells: Tensor) -> tuple[slice, slice]:
-    """Rows and columns of the smallest box about these cells (h, w) that networks can take."""
-    sides = []
-    for line in (cells.any(1), cells.any(0)):
-        where, n = line.nonzero().flatten().tolist() or [0], len(line)
-        length = where[-1] + 1 - where[0]
-        length = min(n, max(LEAST, math.ceil(length / STEP) * STEP))
-        start = (where[0] + where[-1] + 1 - length) // 2
-        start = min(max(0, start), n - length)
-        sides.append(slice(start, start + length))
-    return tuple(sides)
+class Crop(NamedTuple):
+    """The rectangle of cells that holds all heads. Training and drawing are limited to it."""
 
+    top: int = 0
+    left: int = 0
+    height: int = MAP
+    width: int = MAP
 
-class Box(nn.Module):
-    """The box of cells that networks draw: outside of it all training maps are the same.
+    @classmethod
+    def around(cls, seen: Tensor) -> "Crop":
+        """The smallest crop with all cells in which `seen` (h, w) bool is true."""
+        sides = []
+        for line in (seen.any(1), seen.any(0)):
+            where, n = line.nonzero().flatten().tolist() or [0, len(line) - 1], len(line)
+            length = where[-1] + 1 - where[0]
+            length = min(n, max(LEAST, math.ceil(length / STEP) * STEP))
+            start = (where[0] + where[-1] + 1 - length) // 2
+            sides.append((min(max(0, start), n - length), length))
+        (top, height), (left, width) = sides
+        return cls(top, left, height, width)
 
-    Much of a slice is background about the head. Where every map of the training split has one
-    and the same code nothing is to be learned, and a generated map has that code, too.
-    """
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in cells."""
+        return self.height, self.width
 
-    def __init__(self, common: Tensor | None = None):
-        """common (h, w) int64: the code that all training maps have, -1 where they differ.
+    def cut(self, x: Tensor, scale: int = 1) -> Tensor:
+        """The crop of maps (.., h, w), or of images with `scale` pixels to a cell."""
+        top, left, height, width = (scale * n for n in self)
+        return x[..., top : top + height, left : left + width]
 
-        None: the box is all of a map.
-        """
-        super().__init__()
-        self.register_buffer("common", torch.full(MAP, -1) if common is None else common)
-        self.rows, self.columns = sides_about(self.common < 0)
-        self.size = tuple(side.stop - side.start for side in (self.rows, self.columns))
-
-    def inside(self, maps: Tensor) -> Tensor:
-        """The box of maps (B, h, w)."""
-        return maps[:, self.rows, self.columns]
-
-    def around(self, box: Tensor) -> Tensor:
-        """The inverse, for maps like those of the training split."""
-        maps = self.common.expand(len(box), -1, -1).clone()               # (B, h, w)
-        maps[:, self.rows, self.columns] = box
-        return maps
+    def paste(self, inside: Tensor, background: int) -> Tensor:
+        """The inverse of `cut` for index maps: (B, height, width) -> (B, 64, 64)."""
+        right, below = MAP - self.left - self.width, MAP - self.top - self.height
+        return F.pad(inside, (self.left, right, self.top, below), value=background)
 
 
 class CodeMap(nn.Module):
-    """The used codes' places in the space that the DCGAN works in, and the way back.
+    """Places of the used codes in GAN space, and the way back.
 
-    "coordinates": a code is its first C principal coordinates, scaled as one so that the first
-    has unit variance over the training split; a generated cell becomes the nearest code. What
-    is near is similar, in the codebook's own metric, and an index map is a smooth picture.
-    "pc1", "raw": a code is the middle of one of U even bins of (-1, 1), ranked along principal
-    component 1 or by its number (the original recipe, in which the map is noise: training
-    numbers codes at random); binning goes back.
+    "coordinates": a code is its first C principal coordinates. One scale for all gives the
+    first one unit variance over the training split. A generated cell becomes the nearest code.
+    Near codes are similar, so an index map is a smooth picture.
+    "pc1", "raw": a code is the middle of one of U even bins of (-1, 1), ranked by principal
+    component 1 or by its number. "raw" is the original recipe. Its maps are noise to a
+    convolution, since training numbers codes at random.
     """
 
-    def __init__(self, used: Tensor, points: Tensor, codes: int, box: Box | None = None):
-        """used (U,) int64: the used codes in their order; points (U, C): their places.
+    def __init__(
+        self, used: Tensor, points: Tensor, codes: int, crop: Crop | None = None,
+        background: int = 0, stretched: bool = False,
+    ):
+        """used (U,) int64: used codes in their order. points (U, C): their places.
 
-        box: what of a map is drawn, for those who crop before and fill up after.
+        crop, background: what generated maps cover, and the code around it.
+        stretched: bins span each sample's own range, as in the original recipe.
         """
         super().__init__()
-        self.box = box or Box()
+        self.crop, self.background, self.stretched = crop or Crop(), background, stretched
         rank = torch.full((codes,), -1)
         rank[used] = torch.arange(len(used))
         self.register_buffer("used", used)
@@ -559,7 +398,9 @@ class CodeMap(nn.Module):
         self.even = torch.equal(points, even_middles(len(used)))
 
     @classmethod
-    def fit(cls, codebook: Tensor, counts: Tensor, order: str, channels: int) -> "CodeMap":
+    def fit(
+        cls, codebook: Tensor, counts: Tensor, order: str, channels: int, **given
+    ) -> "CodeMap":
         """From the codebook (K, D) and the training split's code histogram (K,)."""
         used = counts.nonzero().flatten()                                 # (U,)
         y = principal_coordinates(codebook[used], counts[used], channels) # (U, C or D)
@@ -570,8 +411,39 @@ class CodeMap(nn.Module):
         if order == "coordinates":
             weight = counts[used].double()[:, None] / counts.sum()        # (U, 1)
             sd = (weight * y[:, :1].square()).sum().sqrt()                # ()
-            return cls(used, (y / sd.clamp_min(1e-9)).float(), len(codebook))
-        return cls(used, even_middles(len(used)), len(codebook))
+            return cls(used, (y / sd.clamp_min(1e-9)).float(), len(codebook), **given)
+        return cls(used, even_middles(len(used)), len(codebook), **given)
+
+    def saved(self) -> dict:
+        """What `from_saved` needs: plain values and tensors."""
+        return {
+            "used": self.used.cpu(), "points": self.points.cpu(),
+            "crop": torch.tensor(self.crop), "background": torch.tensor(self.background),
+        }
+
+    @classmethod
+    def from_saved(cls, values: dict, config: Config) -> "CodeMap":
+        """The inverse of `saved`. Raises ValueError unless it fits the configuration."""
+        crop, background = Crop(*values["crop"].tolist()), int(values["background"])
+        top, left, height, width = crop
+        inside = 0 <= top <= MAP - height and 0 <= left <= MAP - width
+        if not inside or min(crop.size) < 1 or not 0 <= background < config.codes:
+            raise ValueError("its crop is no part of a map")
+        code_map = cls(
+            values["used"], values["points"], config.codes, crop, background,
+            stretched=config.original,
+        )
+        U, points = len(code_map.used), code_map.points
+        if not U == (code_map.rank >= 0).sum() > 0:
+            raise ValueError("its codes are not those of the codebook")
+        if not code_map.even and points.shape != (U, config.map_channels):
+            raise ValueError("a code has no place for each channel")
+        levels, counts = values["levels"], values["counts"]["train"]
+        if counts.shape != (config.codes,):
+            raise ValueError("its histogram is not of the codebook")
+        if levels.ndim != 1 or not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError("its slice levels are not from 0 to 1")
+        return code_map
 
     def encode(self, indices: Tensor) -> Tensor:
         """Index maps (B, h, w) int64 -> (B, C, h, w) float32.
@@ -579,24 +451,13 @@ class CodeMap(nn.Module):
         Raises ValueError for a code that the training split never used.
         """
         if (self.rank[indices] < 0).any():
-            raise ValueError("an index map holds a code that the code map has not seen")
+            raise ValueError("an index map holds a code that the training split never used")
         return self.places(indices)
 
     def places(self, indices: Tensor) -> Tensor:
-        """The same of codes that are known to be used: nothing waits for the device."""
+        """Like `encode` without the check, which would synchronise."""
         ranks = self.rank[indices]                                        # (B, h, w)
         return F.embedding(ranks, self.points).permute(0, 3, 1, 2)        # (B, C, h, w)
-
-    def spread(self, u: Tensor) -> Tensor:
-        """Bins: (B, C, h, w) -> (B, 1, h, w), each sample over all of (-1, 1).
-
-        As the original recipe does. Coordinates are left as they are.
-        """
-        if not self.even:
-            return u
-        u = u.mean(1, True)                                               # (B, 1, h, w)
-        low, high = u.amin((2, 3), True), u.amax((2, 3), True)            # (B, 1, 1, 1)
-        return (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
 
     def decode(self, u: Tensor) -> Tensor:
         """(B, C, h, w) -> index maps (B, h, w): the used code nearest to each cell.
@@ -610,13 +471,11 @@ class CodeMap(nn.Module):
             ranks = nearest_row(cells(u), self.points).view(len(u), *u.shape[2:])
             return self.used[ranks]                                       # (B, h, w)
         u, U = u.mean(1), len(self.used)                                  # (B, h, w)
+        if self.stretched:
+            low, high = u.amin((1, 2), True), u.amax((1, 2), True)        # (B, 1, 1)
+            u = (u - low) / (high - low).clamp_min(1e-12) * 2 - 1
         ranks = ((u + 1) * (U / 2)).floor().long().clamp(0, U - 1)        # +1: the last bin
         return self.used[ranks]                                           # (B, h, w)
-
-
-def cells(x: Tensor) -> Tensor:
-    """The cells of maps in rows: (B, C, h, w) -> (B*h*w, C)."""
-    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def even_middles(bins: int) -> Tensor:
@@ -625,7 +484,10 @@ def even_middles(bins: int) -> Tensor:
 
 
 def nearest_row(x: Tensor, rows: Tensor) -> Tensor:
-    """Index of the row of (U, C) nearest to each x (N, C), as |x|^2 matters to none: (N,)."""
+    """Index (N,) of the row of (U, C) nearest to each x (N, C).
+
+    |x|^2 is the same for all rows and is left out.
+    """
     keys = torch.cat([rows.T, rows.square().sum(1)[None] / -2])           # (C + 1, U)
     x = F.pad(x, (0, 1), value=1.0)                                       # (N, C + 1)
     return torch.cat([best(part @ keys) for part in x.split(4096)])
@@ -634,8 +496,7 @@ def nearest_row(x: Tensor, rows: Tensor) -> Tensor:
 def principal_coordinates(codebook: Tensor, counts: Tensor, components: int) -> Tensor:
     """Usage-weighted principal coordinates (U, components) of code vectors (U, D).
 
-    The sign of each component is fixed by its largest loading, so that equal inputs give
-    equal orders.
+    Each component's largest loading is positive, so equal inputs give equal orders.
     """
     weight = (counts.double() / counts.sum())[:, None]                    # (U, 1)
     centred = codebook.double() - (weight * codebook.double()).sum(0)     # (U, D)
@@ -653,7 +514,7 @@ LEVEL_FEATURES = 9
 def level_features(level: Tensor) -> Tensor:
     """Slice level (B,) in [0,1] -> (B, L): 1 and four octaves of cosine and sine.
 
-    An unknown level (NaN) gives zeros: the same networks, unconditional.
+    An unknown level (NaN) gives zeros, which makes the same networks unconditional.
     """
     octaves = 2.0 ** torch.arange(-1, 3, device=level.device)             # 0.5 1 2 4
     angles = level[:, None] * math.pi * octaves                           # (B, 4)
@@ -662,19 +523,20 @@ def level_features(level: Tensor) -> Tensor:
 
 
 class Generator(nn.Module):
-    """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1), Z -> maps of `size`.
+    """DCGAN generator (Radford et al. 2016, arXiv:1511.06434, figure 1): Z -> maps of `size`.
 
-    Of 64x64 as in the paper: 4x4, then twice as large four times. Else each layer draws what
-    half of the next needs, rounded up, and what is too much is cut off: 56x48 begins with 4x3.
-    classic: as in the paper. Else the slice level's features stand beside the noise, and one
-    more layer works at full size: in the paper's last layer 4x4 neighbouring cells are a linear
-    function of few numbers, and borders between tissues stay soft.
-    bounded: tanh at the end, as in the paper; without it any number may come out.
-    contrast: the gain of `raise_contrast` that `draw` applies to its output; 0 until set.
+    64x64 as in the paper: 4x4, then doubled four times. Other sizes: each layer draws half of
+    the next one's cells, rounded up, and surplus cells are cut off (56x48 begins with 4x3).
+    classic: as in the paper. Otherwise the slice level's features are added to the noise, and
+    one more layer works at full size: in the paper's last layer, 4x4 neighbouring cells are a
+    linear function of few numbers, so tissue borders stay soft.
+    bounded: tanh at the end, as in the paper.
+    contrast: the gain that `raise_contrast` applies to the output; 0 until it is set.
     """
 
     def __init__(
-        self, noise_dim: int, width: int, channels: int, classic: bool, bounded: bool, size=MAP
+        self, noise_dim: int, width: int, channels: int, classic: bool, bounded: bool,
+        size: tuple[int, int] = (MAP, MAP),
     ):
         super().__init__()
         self.noise_dim, self.conditional = noise_dim, not classic
@@ -702,7 +564,7 @@ class Generator(nn.Module):
 
 
 class FromOne(nn.ConvTranspose2d):
-    """The transposed convolution of one cell (B, ins, 1, 1), without bias: a product."""
+    """The transposed convolution of a single cell (B, ins, 1, 1), without bias: a product."""
 
     def __init__(self, ins: int, outs: int, size: tuple[int, int]):
         super().__init__(ins, outs, size, bias=False)
@@ -714,7 +576,7 @@ class FromOne(nn.ConvTranspose2d):
 
 
 class UpTo(nn.ConvTranspose2d):
-    """The transposed convolution that doubles both sides, and the first `size` of its cells."""
+    """The transposed convolution that doubles both sides, cut to `size` cells."""
 
     def __init__(self, ins: int, outs: int, size: tuple[int, int], bias: bool = True):
         super().__init__(ins, outs, 4, 2, 1, bias=bias)
@@ -726,19 +588,19 @@ class UpTo(nn.ConvTranspose2d):
 
 
 def raise_contrast(u: Tensor, gain: Tensor) -> Tensor:
-    """u (B, C, h, w) + gain * (u - its 3x3 mean): what is flat stays flat."""
+    """u (B, C, h, w) + gain * (u - its 3x3 mean). Flat regions stay flat."""
     return u + gain * (u - F.avg_pool2d(u, 3, 1, 1, count_include_pad=False))
 
 
 class Discriminator(nn.Module):
-    """DCGAN discriminator, maps of `size`, sides multiples of 8 -> one number (a logit).
+    """DCGAN discriminator: maps of `size`, sides multiples of 8 -> one logit.
 
-    batch_norm True: as in the paper. False: no normalisation (one sample's score, and the
-    gradient penalty on it, must not depend on the others), and a projection on the slice level
+    batch_norm True: as in the paper. False: no normalisation, since a sample's score and its
+    gradient penalty must not depend on the other samples; and a projection on the slice level
     (Miyato and Koyama 2018, arXiv:1802.05637, eq. 3): one last layer per level feature.
     """
 
-    def __init__(self, width: int, channels: int, batch_norm: bool, size=MAP):
+    def __init__(self, width: int, channels: int, batch_norm: bool, size=(MAP, MAP)):
         super().__init__()
         self.conditional = not batch_norm
         layers = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -746,7 +608,7 @@ class Discriminator(nn.Module):
             layers.append(nn.Conv2d(ins, 2 * ins, 4, 2, 1, bias=not batch_norm))
             layers += [nn.BatchNorm2d(2 * ins)] * batch_norm + [nn.LeakyReLU(0.2)]
         outs = 1 + LEVEL_FEATURES * self.conditional
-        left = tuple(side // 16 for side in size)  # cells, after four halvings
+        left = tuple(side // 16 for side in size)  # cells left after four halvings
         self.layers = nn.Sequential(*layers, nn.Conv2d(8 * width, outs, left))
         self.apply(start_at_002 if batch_norm else start_at_he)
         self.to(memory_format=torch.channels_last)
@@ -759,15 +621,14 @@ class Discriminator(nn.Module):
         return scores[:, 0] + (scores[:, 1:] * level_features(level)).sum(1)
 
 
-def make_generator(config: Config, size=MAP) -> Generator:
-    classic, bounded = config.gan_loss == "bce", config.order != "coordinates"
+def make_generator(config: Config, size: tuple[int, int]) -> Generator:
     width, channels = config.gan_widths[0], config.map_channels
-    return Generator(config.noise_dim, width, channels, classic, bounded, size)
+    bounded = config.order != "coordinates"
+    return Generator(config.noise_dim, width, channels, config.original, bounded, size)
 
 
-def make_discriminator(config: Config, size=MAP) -> Discriminator:
-    batch_norm = config.gan_loss == "bce"
-    return Discriminator(config.gan_widths[1], config.map_channels, batch_norm, size)
+def make_discriminator(config: Config, size: tuple[int, int]) -> Discriminator:
+    return Discriminator(config.gan_widths[1], config.map_channels, config.original, size)
 
 
 def start_at_002(module: nn.Module):
@@ -790,8 +651,8 @@ def start_at_he(module: nn.Module):
 def relativistic_loss(better: Tensor, worse: Tensor) -> Tensor:
     """softplus(-(D(better) - D(worse))), pair by pair.
 
-    Huang et al. 2024 (R3GAN, arXiv:2501.05441, eq. 2; the pairing loss of Jolicoeur-Martineau
-    2019, arXiv:1807.00734). D's step: better = real; G's step: better = generated.
+    Huang et al. 2024 (R3GAN, arXiv:2501.05441, eq. 2); the pairing loss of Jolicoeur-Martineau
+    2019, arXiv:1807.00734. D's step: better = real. G's step: better = generated.
     """
     return F.softplus(worse - better).mean()
 
@@ -805,226 +666,34 @@ def gradient_penalty(discriminator: nn.Module, u: Tensor, *given: Tensor) -> Ten
     """Squared norm (B,) of D's gradient at each u: R1 on real maps, R2 on generated ones.
 
     Mescheder et al. 2018, arXiv:1801.04406, eq. 9 and 10, there halved and weighted by gamma.
-    given: what else D is told, its slice levels.
+    given: D's other inputs, the slice levels.
     """
     u = u.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(discriminator(u, *given).sum(), u, create_graph=True)
     return gradient.square().sum((1, 2, 3))                               # (B,)
 
 
-# --- denoiser -----------------------------------------------------------------------------
-
-
-class Denoiser(nn.Module):
-    """Which codes a map held before noise was added, and their mean: D(x; sigma).
-
-    The posterior of a cell's code is learned, not just its mean (as in Dieleman et al. 2022,
-    arXiv:2211.15089, section 3): p(k | x) ~ exp(-|x - e_k|^2 / (2 sigma^2)) * exp(c_k). The
-    first factor, what the noise lets a cell say of itself, is known; the network learns the
-    second, what its neighbourhood says. So between codes it decides, where a network that
-    learns the mean by its squared error hesitates, and blurs. Of Karras et al. 2022
-    (arXiv:2206.00364): the noise, and the scale of the network's input (table 1, sigma_data 1).
-    It judges cells by their neighbours, which a discriminator of whole maps hardly does. It is
-    told neither slice level nor place: where things lie is the generator's business.
-
-    A code is to it what it is to a `CodeMap` of coordinates, whatever the DCGAN draws; x is in
-    units of `sd`, their standard deviation.
-    """
-
-    LEAST, MOST = 0.5, 4.0  # sigma: noise that it learns from
-    STEPS = 4  # passes that take away the most of it, which a map is given
-    FAR = 1e3  # where codes lie that training never used: out of reach
-
-    def __init__(self, codes: int, channels: int):
-        super().__init__()
-        self.channels = channels
-        self.register_buffer("sd", torch.ones(()))
-        self.register_buffer("points", torch.zeros(codes, channels))      # e, in units of sd
-        w, E = 32, 32
-        self.register_buffer("octaves", 2.0 ** torch.linspace(-1, 3, 8), persistent=False)
-        self.embed = nn.Sequential(nn.Linear(16, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
-        self.first = nn.Conv2d(channels, w, 3, padding=1)
-        down, up = nn.Conv2d, nn.ConvTranspose2d
-        self.down = nn.ModuleList([down(w, 2 * w, 4, 2, 1), down(2 * w, 2 * w, 4, 2, 1)])
-        self.up = nn.ModuleList([up(2 * w, 2 * w, 4, 2, 1), up(2 * w, w, 4, 2, 1)])
-        widths = (w, 2 * w, 2 * w, 2 * w, 2 * w, w)
-        self.blocks = nn.ModuleList([NoisyBlock(width, E) for width in widths])
-        self.head = nn.Linear(w, codes)
-        nn.init.zeros_(self.head.weight)
-        self.to(memory_format=torch.channels_last)
-
-    @torch.no_grad()
-    def fit(self, code_map: CodeMap, counts: Tensor):
-        """Take places and shares of codes from a map of coordinates and a histogram (K,)."""
-        used, points = code_map.used, code_map.points                     # (U,), (U, C)
-        share = (counts[used] / counts.sum()).to(points)                  # (U,)
-        variance = share @ points.square()                                # (C,): the mean is 0
-        self.sd.copy_(variance.mean().sqrt().clamp_min(1e-6))
-        self.points.fill_(self.FAR)
-        self.points.index_copy_(0, used, points / self.sd)
-        self.head.bias[used] = share.log()  # as if a cell had no neighbours
-
-    def features(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """What is about each cell of x (B, C, h, w), with noise of sigma (B,): (B, w, h, w)."""
-        angles = sigma.log()[:, None] * self.octaves * (math.pi / 4)      # (B, 8)
-        e = self.embed(torch.cat([angles.sin(), angles.cos()], 1))        # (B, E)
-        size = (1 + sigma.square()).sqrt()[:, None, None, None]           # of x
-        full = self.blocks[0](self.first(x / size), e)                    # (B, w, h, w)
-        half = self.blocks[1](self.down[0](full), e)                      # (B, 2w, h/2, w/2)
-        y = self.blocks[3](self.blocks[2](self.down[1](half), e), e)      # (B, 2w, h/4, w/4)
-        y = self.blocks[4](self.up[0](y) + half, e)
-        return F.silu(self.blocks[5](self.up[1](y) + full, e))
-
-    def factors(self, features: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Of cells (N, w + C + 2) and of codes (K, w + C + 2), float32.
-
-        Their product (N, K) is log p(code | x) but for a constant, the logits. Cells lie in the
-        rows of features (N, w), x (N, C) and sigma (N, 1).
-        """
-        precision, one = 1 / sigma.square(), torch.ones_like(sigma)
-        squares = self.points.square().sum(1, keepdim=True)               # (K, 1)
-        seen = torch.cat([features.float(), one, x * precision, precision], 1)
-        head = self.head.weight, self.head.bias[:, None]
-        return seen, torch.cat([*head, self.points, squares / -2], 1)
-
-    def of_cells(self, x: Tensor, sigma: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """`rule` of the logits (N, K) of the cells of x (B, C, h, w): (B*h*w, ...)."""
-        each = sigma.repeat_interleave(x.shape[2] * x.shape[3])[:, None]  # (B*h*w, 1)
-        features = cells(self.features(x, sigma))                         # (B*h*w, w)
-        with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
-            seen, keys = self.factors(features, cells(x), each)
-            return torch.cat([rule(F.linear(part, keys)) for part in seen.split(1024)])
-
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """x (B, C, h, w), h and w multiples of 4, with noise of sigma (B,): without it."""
-        table = F.pad(self.points, (0, 1), value=1.0).T.contiguous()      # (C + 1, K)
-
-        def mean(logits: Tensor) -> Tensor:
-            # What is nearly impossible is at e^-80: below, a processor counts slowly, unless
-            # it was asked not to, as scripts do.
-            logits = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80)
-            sums = F.linear(logits.exp_(), table)  # of e by p(e | x), and of p(e | x)
-            return sums[:, :-1] / sums[:, -1:]
-
-        B, C, h, w = x.shape
-        return self.of_cells(x, sigma, mean).view(B, h, w, C).permute(0, 3, 1, 2)
-
-    def places(self, maps: Tensor) -> Tensor:
-        """Index maps (B, h, w) -> x (B, C, h, w)."""
-        return F.embedding(maps, self.points).permute(0, 3, 1, 2)
-
-    def restore(self, x: Tensor, noise: Tensor) -> Tensor:
-        """Generated x (n, C, h, w) -> index maps (n, h, w), whose cells fit together.
-
-        As SDEdit (Meng et al. 2022, arXiv:2108.01073): enough noise to drown what is wrong,
-        then down to none by a multistep method (DPM-Solver++ of Lu et al. 2022,
-        arXiv:2211.01095, algorithm 2): D is taken to go on changing as it did in the step
-        before, linearly in log sigma, and the equation of that D is solved exactly. At the
-        least noise that it knows, each cell becomes its most probable code.
-        noise: (n, C, h, w), white, of unit variance. Raises FloatingPointError if x or
-        what all passes but the last make of it is not finite.
-        """
-        x = x + self.MOST * noise
-        rho = 2  # as in eq. 5 of Karras et al., whose 7 takes longer steps first
-        ends = self.MOST ** (1 / rho), self.LEAST ** (1 / rho)
-        sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
-        before, back = None, 0.0  # D in the step before, and that step's length in log sigma
-        for now, then in pairwise(sigmas):
-            clean, step = self(x, x.new_full((len(x),), now)), math.log(now / then)
-            change = 0 if before is None else (clean - before) / back
-            ahead = clean + change * (step / (1 - then / now) - 1)
-            x = ahead + (x - ahead) * (then / now)
-            before, back = clean, step
-        if not torch.isfinite(x).all():
-            raise FloatingPointError("the denoiser's input or output is not finite")
-        last = x.new_full((len(x),), self.LEAST)
-        return self.of_cells(x, last, best).view(len(x), *x.shape[2:])
-
-
-def grain_of(z: Tensor, *shape: int) -> Tensor:
-    """White noise (n, *shape) of unit variance that is a linear function of z (n, Z) / |z|.
-
-    With it a restored sample is still a function of its z, and a smooth one; noise of
-    independent z is independent.
-    """
-    basis = _grain(z.shape[1], *shape).to(z.device)                       # (Z, *shape)
-    return torch.einsum("nz,z...->n...", F.normalize(z), basis)           # (n, *shape)
-
-
-@functools.lru_cache(maxsize=1)
-def _grain(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator_of(GRAIN))
-
-
-class NoisyBlock(nn.Module):
-    """A residual block that knows how much noise there is; at its start, the identity.
-
-    Each cell is normalised over its channels (Ba et al. 2016, arXiv:1607.06450). Statistics
-    over a map are not those of the crops that it learns from: less of a crop is background.
-    """
-
-    def __init__(self, width: int, embedding: int):
-        super().__init__()
-        self.first = nn.Conv2d(width, width, 3, padding=1)
-        self.noise = nn.Linear(embedding, 2 * width)
-        self.last = nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        gain, shift = self.noise(e)[:, :, None, None].chunk(2, 1)         # (B, width, 1, 1)
-        y = self.first(F.silu(x)).permute(0, 2, 3, 1)                     # (B, h, w, width)
-        y = F.layer_norm(y, y.shape[-1:]).permute(0, 3, 1, 2) * (1 + gain) + shift
-        return x + self.last(F.silu(y))
-
-
-def denoising_loss(
-    denoiser: Denoiser, maps: Tensor, noise: Tensor, sigma: Tensor, start=(0, 0)
-) -> Tensor:
-    """Nats (B,) a cell by which the codes of real maps (B, h, w) surprise, seen through noise.
-
-    The cross-entropy of Dieleman et al. 2022, section 3. noise (B, C, h, w), white; sigma (B,).
-    Every second cell each way counts, from `start` on: neighbours teach nearly the same, and
-    512 codes for every cell would cost as much as the network.
-    """
-    x = denoiser.places(maps) + sigma[:, None, None, None] * noise        # (B, C, h, w)
-    some = (slice(None), slice(start[0], None, 2), slice(start[1], None, 2))
-    features = denoiser.features(x, sigma).permute(0, 2, 3, 1)[some]      # (B, h/2, w/2, w)
-    codes, x = maps[some].flatten(1), x.permute(0, 2, 3, 1)[some]
-    with torch.autocast(x.device.type, enabled=False):
-        each = sigma.repeat_interleave(codes.shape[1])[:, None]           # (N, 1)
-        logits = F.linear(*denoiser.factors(features.flatten(0, 2), x.flatten(0, 2), each))
-        surprise = F.cross_entropy(logits, codes.flatten(), reduction="none")
-    return surprise.view_as(codes).mean(1)
-
-
-def make_denoiser(config: Config) -> Denoiser:
-    channels = config.map_channels if config.order == "coordinates" else Config.map_channels
-    return Denoiser(config.codes, channels)
-
-
 # --- generation ---------------------------------------------------------------------------
+
+SAMPLE = 1000  # the purpose of generators that draw a sample's noise
+DRAW_BATCH = 16
 
 
 def generator_of(*path: int) -> torch.Generator:
-    """A random generator that is a function of (seed, purpose, step, ...) and nothing else.
+    """A random generator that depends on (seed, purpose, step, ...) only.
 
-    With it, continuing a run needs no saved random state, and sample s is the same picture in
-    any batch and on any number of processes.
+    So resuming needs no saved random state, and sample s is the same picture in any batch and
+    on any number of processes.
     """
-    # The 1 at the end: a seed sequence takes (s,) and (s, 0) for the same.
+    # The 1 at the end: a seed sequence treats (s,) and (s, 0) alike.
     state = np.random.SeedSequence((*path, 1)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-SAMPLE, GRAIN = 1000, 1001  # the purposes of generators: a sample's noise; the denoiser's
-DRAW_BATCH = 16  # samples are drawn in batches of exactly this size
 
 
 def noise_of(
     samples: range, noise_dim: int, seed: int, levels: Tensor, purpose: int = SAMPLE
 ) -> tuple[Tensor, Tensor]:
-    """Noise (n, Z) and a level (n,) from the table `levels`; row s depends on (seed, s) alone.
+    """Noise (n, Z) and levels (n,) from the table `levels`; row s depends on (seed, s) only.
 
     levels (0,): the data have no slice levels, and every level is NaN.
     """
@@ -1038,87 +707,33 @@ def noise_of(
 
 
 @torch.no_grad()
-def draw(
-    generator: Generator,
-    code_map: CodeMap,
-    vqvae: VQVAE,
-    noise: Tensor,
-    level: Tensor,
-    stretch: bool = False,
-    decode: bool = True,
-    denoiser: Denoiser | None = None,
-    autocast: AbstractContextManager | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Noise (n, Z) and level (n,) -> index maps (n, h, w) int64, images (n, 1, H, W) or None.
+def in_full_batches(function: Callable, *inputs: Tensor) -> Tensor:
+    """function(*inputs), DRAW_BATCH rows at a time, on the CPU. The last batch is padded.
 
-    float32 but for the denoiser's passes, which are under `autocast`; in batches of one size,
-    the last one filled up: the processor sums a batch of another size in another order, and a
-    value at the edge of a bin would change its code.
+    A batch of another size is summed in another order, and a value at the edge of a bin would
+    change its code.
     """
-    maps, images = [], []
-    for z, where in zip(noise.split(DRAW_BATCH), level.split(DRAW_BATCH), strict=True):
-        n = len(z)
-        z = F.pad(z, (0, 0, 0, DRAW_BATCH - n)).to(code_map.used.device)  # (16, Z)
-        where = F.pad(where, (0, DRAW_BATCH - n)).to(z.device)            # (16,)
-        u = raise_contrast(generator(z, where), generator.contrast)       # (16, C, h, w)
-        if stretch:
-            u = code_map.spread(u)
-        if denoiser is None:
-            indices = code_map.decode(u)                                  # (16, h, w)
-        else:  # it sees coordinates: of bins, those of the codes that they stand for
-            bins = code_map.even
-            x = denoiser.places(code_map.decode(u)) if bins else u / denoiser.sd
-            with autocast or nullcontext():
-                indices = denoiser.restore(x, grain_of(z, *x.shape[1:]))
-        indices = code_map.box.around(indices)                          # (16, H/4, W/4)
-        maps.append(indices[:n].cpu())
-        if decode:
-            images.append(vqvae.decode(indices)[:n].cpu())                # (n, 1, H, W)
-    return torch.cat(maps), torch.cat(images) if decode else None
+    outputs = []
+    for parts in zip(*(x.split(DRAW_BATCH) for x in inputs), strict=True):
+        n = len(parts[0])
+        full = (torch.cat([x, x.new_zeros(DRAW_BATCH - n, *x.shape[1:])]) for x in parts)
+        outputs.append(function(*full)[:n].cpu())
+    return torch.cat(outputs)
 
 
-# --- the tables of the README -------------------------------------------------------------
+def draw_maps(
+    generator: Generator, code_map: CodeMap, noise: Tensor, level: Tensor, restore=None
+) -> Tensor:
+    """Noise (n, Z), levels (n,) -> index maps (n, 64, 64) int64, on the CPU.
 
+    restore: a function of the generator's output (B, C, h, w) and noise (B, Z) that returns
+    index maps (B, h, w), such as the denoiser's. Without it, cells are binned.
+    """
 
-def architecture_rows(model: VQVAE) -> list[tuple[str, ...]]:
-    """One row per layer, as the README shows them, from a pass of nothing through `model`."""
-    rows, hooks = [], []
+    def draw(z: Tensor, level: Tensor) -> Tensor:
+        z, level = z.to(code_map.used.device), level.to(code_map.used.device)
+        u = raise_contrast(generator(z, level), generator.contrast)       # (16, C, h, w)
+        maps = restore(u, z) if restore else code_map.decode(u)           # (16, h, w)
+        return code_map.crop.paste(maps, code_map.background)             # (16, 64, 64)
 
-    def shape(x: Tensor) -> str:
-        return "(" + " x ".join(str(n) for n in x.shape[1:]) + ")"
-
-    def record(module, inputs, output):
-        x = inputs[0]
-        if isinstance(module, nn.ReLU):
-            last = max(i for i, row in enumerate(rows) if row[0] == "Conv2d")
-            rows[last] = (rows[last][0] + " + ReLU", *rows[last][1:])
-        elif isinstance(module, nn.MaxPool2d):
-            rows.append(("Max2D Pool", "-", "2", "-", "-", shape(x), shape(output)))
-        elif isinstance(module, Quantizer):
-            z, projection = output.embedding, inputs[1]
-            pre_vq = (str(projection.out_channels), "1", "1", "0", shape(x), shape(z))
-            rows.append(("Pre_VQ Conv2d", *pre_vq))
-            rows.append(("Vector Quantized", *"----", shape(z), shape(output.indices[:, None])))
-        elif isinstance(module, nn.Conv2d):
-            if isinstance(module, UpsampleConv):
-                up = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-                rows.append(("Upsampling", "-", "2", "-", "-", shape(x), shape(up)))
-                x = up
-            numbers = (module.out_channels, module.kernel_size[0], module.stride[0])
-            padding = module.padding[0]
-            rows.append(("Conv2d", *map(str, numbers), str(padding), shape(x), shape(output)))
-
-    for module in model.modules():
-        hooks.append(module.register_forward_hook(record))
-    model(torch.zeros(1, 1, 256, 256))
-    for hook in hooks:
-        hook.remove()
-    rows[-1] = ("Final Conv2d", *rows[-1][1:])
-    return rows
-
-
-def architecture_table(model: VQVAE) -> str:
-    """The rows above as a Markdown table."""
-    head = ("Layer", "Filters", "Kernel", "Stride", "Padding", "Input Shape", "Output Shape")
-    lines = [head, (":---:",) * len(head), *architecture_rows(model)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return in_full_batches(draw, noise, level)

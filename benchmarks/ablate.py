@@ -50,14 +50,15 @@ import torch.nn.functional as F
 from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 
-import evaluation
-import figures
 import modules
 import predict
-import runtime
 import train
 from config import Config, Exit, UserError
 from dataset import Data, open_data
+from scores import evaluation, figures
+from stages.denoiser import train_denoiser
+from stages.stage import Run, open_seed, order_of
+from support import checkpoints, device, endings, messages
 
 KIMG = 40.0  # maps seen per row, thousands
 # By Adam, as the original's loss and networks were made for: one optimiser for all DCGANs.
@@ -170,8 +171,8 @@ class SoftGenerator(modules.Generator):
         return u.permute(0, 3, 1, 2)  # (B, C, h, w)
 
 
-def logits(run: train.Run):
-    points = runtime.load_checkpoint(run.path("codes.pt"))["points"]
+def logits(run: Run):
+    points = checkpoints.load_checkpoint(run.path("codes.pt"))["points"]
 
     def make(config: Config, size) -> SoftGenerator:
         return SoftGenerator(config, points, size)
@@ -201,14 +202,14 @@ class AugmentedDiscriminator(modules.Discriminator):
         return super().forward(u.permute(0, 3, 1, 2), level)
 
 
-def augmented(run: train.Run):
+def augmented(run: Run):
     return [(modules, "Discriminator", AugmentedDiscriminator)]
 
 
 # --- control: a DCGAN of pixels ---------------------------------------------------------------
 
 
-def write_pixels(run: train.Run) -> dict:
+def write_pixels(run: Run) -> dict:
     """In place of index maps: slices at 64x64, grey level 0..255 being the "index"."""
     maps = np.empty((len(run.data.images), 64, 64), np.uint16)
     for start in range(0, len(maps), 256):
@@ -218,7 +219,7 @@ def write_pixels(run: train.Run) -> dict:
     counts = train.histogram(maps, run.data.train.rows, run.config.codes)
     return {
         "used": torch.arange(256), "points": modules.even_middles(256),
-        "counts": {"train": counts}, "maps": runtime.checksum(run.path("codes.npy")),
+        "counts": {"train": counts}, "maps": checkpoints.checksum(run.path("codes.npy")),
     }  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def enlarge(vqvae: nn.Module, indices: Tensor) -> Tensor:
     return F.interpolate(small, scale_factor=4, mode="bicubic").clamp(0, 1)
 
 
-def pixels(run: train.Run):
+def pixels(run: Run):
     return [(modules.VQVAE, "decode", enlarge)]
 
 
@@ -314,7 +315,7 @@ class Autoregressive:
             return maps, self.base.vqvae.decode(maps)
 
 
-def train_autoregressive(run: train.Run, base: predict.TrainedRun):
+def train_autoregressive(run: Run, base: predict.TrainedRun):
     """Cross-entropy for SECONDS -> the prior, its seconds, thousands of maps seen."""
     torch.manual_seed(run.seed)
     prior, gan = PixelCNN(len(base.code_map.used)), train.Gan(run)
@@ -323,43 +324,43 @@ def train_autoregressive(run: train.Run, base: predict.TrainedRun):
     while (passed := time.monotonic() - begun) < SECONDS:
         for group in adam.param_groups:
             group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * passed / SECONDS))
-        rows = train.order_of(run.seed, train.ORDER, len(gan.levels), nimg, B)
+        rows = order_of(run.seed, train.ORDER, len(gan.levels), nimg, B)
         ranks = gan.code_map.rank[gan.real_maps(run.data.train.rows[rows])]
-        with runtime.autocast(run.device, run.config.precision):
+        with device.autocast(run.device, run.config.precision):
             scores = prior(ranks, gan.levels[rows])
         loss = F.cross_entropy(scores.float().flatten(0, 2), ranks.flatten())
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()
         nimg += B
-    runtime.say(f"autoregressive: {loss.item() / math.log(2):.2f} bits a cell at the end")
+    messages.say(f"autoregressive: {loss.item() / math.log(2):.2f} bits a cell at the end")
     return Autoregressive(prior.eval(), base), passed, nimg / 1000
 
 
 # --- the rows -------------------------------------------------------------------------------
 
 
-def train_gan(run: train.Run, base: predict.TrainedRun):
+def train_gan(run: Run, base: predict.TrainedRun):
     """The DCGAN as `train.py` trains it -> the run, seconds, thousands of maps seen.
 
     And the denoiser, where the row has one.
     """
     with run.signals:
         train.train_dcgan(run)
-        train.train_denoiser(run)
+        train_denoiser(run)
     trained = predict.load_run(run.folder)
     stages = (stage for stage in ("dcgan", "denoiser") if stage in trained.trained)
     paths = (run.path(f"{stage}_last.pt") for stage in stages)
-    seconds = sum(runtime.load_checkpoint(path)["seconds"] for path in paths)
+    seconds = sum(checkpoints.load_checkpoint(path)["seconds"] for path in paths)
     return trained, seconds, run.config.gan_kimg
 
 
-def without_contrast(run: train.Run, base: predict.TrainedRun):
+def without_contrast(run: Run, base: predict.TrainedRun):
     """The first row's network, its samples left as they are."""
     folder = run.folder.parents[1] / "coordinates" / run.folder.name
     trained = predict.load_run(folder)
     trained.generator.contrast.zero_()
-    seconds = runtime.load_checkpoint(folder / "dcgan_last.pt")["seconds"]
+    seconds = checkpoints.load_checkpoint(folder / "dcgan_last.pt")["seconds"]
     return trained, seconds, trained.config.gan_kimg
 
 
@@ -417,13 +418,13 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed:
     """A run of the VQ-VAE, index maps and decoder of `base`, whose prior is not trained."""
     row = ROWS[name]
     config = replace(base.config, **ALONE | row.config)
-    run = train.open_seed(folder, config, seed, data)
+    run = open_seed(folder, config, seed, data)
     mine = run.fingerprint()
 
     def adopt(stage: str, **link):
         for file in (f"{stage}_best.pt", f"{stage}_last.pt"):
-            values = runtime.load_checkpoint(base.folder / file) | mine | link
-            runtime.save_checkpoint(run.path(file), values)
+            values = checkpoints.load_checkpoint(base.folder / file) | mine | link
+            checkpoints.save_checkpoint(run.path(file), values)
 
     adopt("vqvae")
     shutil.copyfile(base.folder / "codes.npy", run.path("codes.npy"))
@@ -432,18 +433,18 @@ def prepare(name: str, base: predict.TrainedRun, folder: Path, data: Data, seed:
     used, points = fitted.used, fitted.points
     if row.order:
         used, points = row.order(fitted, codebook, base.counts)
-    values = runtime.load_checkpoint(base.folder / "codes.pt") | mine
+    values = checkpoints.load_checkpoint(base.folder / "codes.pt") | mine
     values |= {"used": used, "points": points}
-    values["vqvae"] = runtime.checksum(run.path("vqvae_best.pt"))
+    values["vqvae"] = checkpoints.checksum(run.path("vqvae_best.pt"))
     values |= row.maps(run) if row.maps else {}
     maps = np.load(run.path("codes.npy"), mmap_mode="r")
     values["common"] = train.common_codes(maps, run)
-    runtime.save_checkpoint(run.path("codes.pt"), values)
-    adopt("decoder", codes=runtime.checksum(run.path("codes.pt")))
+    checkpoints.save_checkpoint(run.path("codes.pt"), values)
+    adopt("decoder", codes=checkpoints.checksum(run.path("codes.pt")))
     return run
 
 
-def measure(name: str, run: train.Run, base: predict.TrainedRun, scorer) -> list[dict]:
+def measure(name: str, run: Run, base: predict.TrainedRun, scorer) -> list[dict]:
     """Train and score one row; with the first come the references."""
     row = ROWS[name]
     with contextlib.ExitStack() as stack:
@@ -518,7 +519,7 @@ def draw(folder: Path, seed: int):
         rows = {name: np.load(file) for name, file in files.items() if file.exists()}
         if rows:
             path = HERE.parent / f"images/{picture}.png"
-            runtime.save_figure(path, lambda rows=rows: figures.side_by_side(rows))
+            files.save_figure(path, lambda rows=rows: figures.side_by_side(rows))
 
 
 def main(arguments: argparse.Namespace):
@@ -533,7 +534,7 @@ def main(arguments: argparse.Namespace):
         raise UserError(Exit.CHECKPOINT, f"{base.folder} was trained on other data")
     if replace(base.config, **ALONE).identity() != Config(**ALONE).identity():
         raise UserError(Exit.CHECKPOINT, f"{base.folder} is not of preset quick")
-    mark = f"{runtime.checksum(base.folder / 'codes.npy'):08x}"
+    mark = f"{checkpoints.checksum(base.folder / 'codes.npy'):08x}"
     if {row["base"] for row in read_rows()} - {mark}:
         raise UserError(Exit.BUSY, f"{CSV} holds rows of another VQ-VAE: move it away")
     done = {(row["row"], row["seed"]) for row in read_rows()}
@@ -545,9 +546,9 @@ def main(arguments: argparse.Namespace):
         run = prepare(name, base, folder / name, data, arguments.seed)
         rows = [row | {"base": mark} for row in measure(name, run, base, scorer())]
         append(rows)
-        runtime.say(", ".join(f"{key} {value}" for key, value in rows[0].items()))
+        messages.say(", ".join(f"{key} {value}" for key, value in rows[0].items()))
     draw(folder, arguments.seed)
 
 
 if __name__ == "__main__":
-    runtime.run_script(lambda: main(ARGUMENTS))
+    endings.run_script(lambda: main(ARGUMENTS))

@@ -1,8 +1,8 @@
-"""The sides of every comparison in speed.py: this project's own, the plain one, the libraries'.
+"""The sides of every comparison in speed.py: this project's code, plain.py, other libraries.
 
-A maker takes `Inputs` and returns a function, and how many items one call of it works on. What
-the function returns is ignored unless it is a float: seconds that it has measured itself. A
-library is imported by its own maker only, since it need not be installed.
+Each function here takes `Inputs` and returns a function and the number of items that one call
+of it processes. If that function returns a float, it has measured its seconds itself. A library
+is imported only by its own side, since it may not be installed.
 """
 
 import collections
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,24 +27,28 @@ import torch
 import torch.nn.functional as F
 from scipy.integrate import simpson
 
-import metrics
 import modules
-import runtime
 import train
 from config import Config
-from dataset import evenly, open_data
+from dataset import evenly, open_data, unit_range
+from modules import generator_of
+from scores import metrics
+from stages.decoder import widen_decoder
+from stages.denoiser import make_denoiser
+from stages.losses import random_corner, structural_loss
+from stages.stage import CROP, seeded
+from support import device
 
 CPU = torch.device("cpu")
-PNGS, CASE = 9664, 16  # slices of the original's data set; how many to a subject
+PNGS, CASE = 9664, 16  # slices of the original's data set; slices per subject
 TOKENS = 4096  # cells of an index map
-COPIED, SIDE = 2**28, 4096  # numbers of the large copy; rows of the large product
 
 
 class Inputs:
-    """What every side reads: the embedded slices, and a folder for temporary files."""
+    """What the sides read: slices of the embedded set, and a folder for temporary files."""
 
     def __init__(self, cache: str, work: str):
-        self.config, self.work = Config(cache=cache), Path(work)
+        self.config, self.work = Config(cache=cache, optimizer="adam"), Path(work)
 
     @functools.cached_property
     def data(self):
@@ -54,7 +59,7 @@ class Inputs:
         return self.data.train.batch(evenly(len(self.data.train), n))
 
     def pngs(self) -> Path:
-        """A folder of 9,664 PNG slices as the original's data set has them."""
+        """A folder of 9,664 PNG slices with the names of the original's data set."""
         root = self.work / "keras_png_slices_data"
         folder = root / "keras_png_slices_train"
         if not folder.exists():
@@ -77,46 +82,54 @@ def seconds_of(function, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def a_run(config: Config) -> SimpleNamespace:
-    """What a training step asks of `train.Run`."""
-    return SimpleNamespace(config=config, seed=0, device=CPU)
+# --- VQ-VAE -------------------------------------------------------------------------------
+
+
+def a_run(here: Inputs, config: Config) -> SimpleNamespace:
+    """The parts of `stages.stage.Run` that a training step reads."""
+    return SimpleNamespace(config=config, seed=0, device=CPU, data=here.data)
 
 
 def some_vqvae(here: Inputs, config: Config) -> modules.VQVAE:
-    """At the start of its training, with codes from real slices."""
-    model = train.seeded(0, 0, lambda: modules.make_vqvae(config))
-    train.start_codebook(model, here.data.train, a_run(config))
+    """A VQ-VAE at the start of its training, with codes from real slices."""
+    model = seeded(0, 0, lambda: modules.make_vqvae(config))
+    train.start_codebook(model, here.data.train, a_run(here, config))
     return model
 
 
 def a_corner(images: torch.Tensor) -> torch.Tensor:
-    return train.corner_of(images, modules.generator_of(0, train.CROP, 0))
+    """The corner (2,) of the loss's window."""
+    return random_corner(*images.shape[2:], Config.window_px, generator_of(0, CROP, 0))
 
 
 def plain_twin(model: modules.VQVAE) -> plain.VQVAE:
+    """The same weights in the plain implementation."""
     twin = plain.VQVAE(*model.quantizer.codebook.shape)
     twin.load_state_dict(model.state_dict())
     return twin.to(memory_format=torch.contiguous_format)
 
 
-def vqvae_here(precision: str, here: Inputs):
-    config = Config(precision=precision, batch_size=128)
+def vqvae_here(here: Inputs, precision: str = "float32"):
+    config = replace(here.config, precision=precision)
     model, images = some_vqvae(here, config), here.slices(128)
     adam = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    corner = a_corner(images)
-    return lambda: train.vqvae_step(model, adam, config, 1.0, images, corner, True), len(images)
+    step = functools.partial(train.vqvae_step, model, adam, config, structural_loss(config))
+    return functools.partial(step, images, a_corner(images), quantize=True), len(images)
+
+
+def vqvae_here_bfloat16(here: Inputs):
+    return vqvae_here(here, "bfloat16")
 
 
 def vqvae_plain(here: Inputs):
-    config = here.config
-    model, images = plain_twin(some_vqvae(here, config)), here.slices(128)
-    adam = torch.optim.Adam(model.parameters(), lr=config.lr)
-    corner = a_corner(images)
-    return lambda: plain.vqvae_step(model, adam, images, config, corner), len(images)
+    model, images = plain_twin(some_vqvae(here, here.config)), here.slices(128)
+    adam = torch.optim.Adam(model.parameters(), lr=here.config.lr)
+    given = model, adam, images, here.config, a_corner(images)
+    return functools.partial(plain.vqvae_step, *given), len(images)
 
 
 def vqvae_monai(here: Inputs):
-    """Equal widths, K and D, and no residual layers; its loss here is this project's own."""
+    """MONAI's VQ-VAE with equal widths, K and D, no residual layers, and this project's loss."""
     from monai.networks.nets import VQVAE
 
     config, images = here.config, here.slices(128)
@@ -127,11 +140,11 @@ def vqvae_monai(here: Inputs):
         num_embeddings=config.codes, embedding_dim=config.code_dim,
     )  # fmt: skip
     adam = torch.optim.Adam(model.parameters(), lr=config.lr)
-    corner = a_corner(images)
+    loss_of, corner = structural_loss(config), a_corner(images)
 
     def step():
         output, commitment = model(images)
-        loss = train.reconstruction_loss(output, images, config, 1.0, corner) + commitment
+        loss = loss_of(output, images, corner) + commitment
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -139,8 +152,11 @@ def vqvae_monai(here: Inputs):
     return step, len(images)
 
 
-def cells(here: Inputs, dense: bool) -> tuple[modules.VQVAE, torch.Tensor]:
-    """A VQ-VAE, and what its quantiser sees of 8 slices: a (8, 8, 64, 64).
+# --- code search and index maps -----------------------------------------------------------
+
+
+def encoded(here: Inputs, dense: bool) -> tuple[modules.VQVAE, torch.Tensor]:
+    """A VQ-VAE and its encoder's output for 8 slices: a (8, A, 64, 64).
 
     dense: random numbers instead, so that no cell is background.
     """
@@ -149,32 +165,29 @@ def cells(here: Inputs, dense: bool) -> tuple[modules.VQVAE, torch.Tensor]:
     return model, torch.rand(a.shape) if dense else a
 
 
-def search_here(dense: bool, here: Inputs):
-    model, a = cells(here, dense)
-    flat = a.permute(0, 2, 3, 1).flatten(0, 2)  # (N, A)
-    weight, bias = model.pre_vq.weight.flatten(1), model.pre_vq.bias
-    quantizer = model.quantizer
+def search_here(here: Inputs, dense: bool = False):
+    model, a = encoded(here, dense)
+    rows, quantizer = modules.cells(a), model.quantizer
 
     def search() -> torch.Tensor:
-        return F.embedding(quantizer.search(flat, weight, bias), quantizer.codebook)
+        return F.embedding(quantizer.search(rows, model.pre_vq), quantizer.codebook)
 
-    return search, len(flat)
+    return search, len(rows)
 
 
-def search_monai(dense: bool, here: Inputs):
+def search_monai(here: Inputs, dense: bool = False):
     from monai.networks.layers.vector_quantizer import EMAQuantizer
 
-    model, a = cells(here, dense)
-    K, D = model.quantizer.codebook.shape
-    other = EMAQuantizer(2, K, D).eval()
+    model, a = encoded(here, dense)
+    other = EMAQuantizer(2, *model.quantizer.codebook.shape).eval()
     other.embedding.weight.data.copy_(model.quantizer.codebook)
     return functools.partial(other, model.pre_vq(a)), a[:, 0].numel()
 
 
-def search_vqp(dense: bool, here: Inputs):
+def search_vqp(here: Inputs, dense: bool = False):
     from vector_quantize_pytorch import VectorQuantize
 
-    model, a = cells(here, dense)
+    model, a = encoded(here, dense)
     K, D = model.quantizer.codebook.shape
     other = VectorQuantize(dim=D, codebook_size=K).eval().requires_grad_(False)
     other.codebook = model.quantizer.codebook
@@ -182,51 +195,76 @@ def search_vqp(dense: bool, here: Inputs):
     return functools.partial(other, z), a[:, 0].numel()
 
 
-def extract_here(here: Inputs):
+def dense_here(here: Inputs):
+    return search_here(here, dense=True)
+
+
+def dense_monai(here: Inputs):
+    return search_monai(here, dense=True)
+
+
+def dense_vqp(here: Inputs):
+    return search_vqp(here, dense=True)
+
+
+def maps_here(here: Inputs):
     model, pixels = some_vqvae(here, here.config), here.data.images
-    return lambda: train.encode_slices(model, pixels[:64]), 64
+
+    @torch.no_grad()
+    def maps():  # as `train.index_maps`
+        model.encode(unit_range(torch.from_numpy(pixels[:64])))
+
+    return maps, 64
 
 
-def extract_plain(here: Inputs):
+def maps_plain(here: Inputs):
     model, pixels = plain_twin(some_vqvae(here, here.config)), here.data.images
 
     @torch.no_grad()
-    def extract():
+    def maps():
         model.encode(torch.from_numpy(pixels[:64].astype(np.float32))[:, None] / 255)
 
-    return extract, 64
+    return maps, 64
 
 
-def a_gan(here: Inputs, config: Config, fused: bool) -> SimpleNamespace:
-    """What a DCGAN step asks of `train.Gan`: networks, optimisers, real maps, noise.
-
-    As in training, the networks draw the box in which maps differ, here of 512 slices.
-    """
-    model = some_vqvae(here, config)
-    levels = torch.from_numpy(here.data.train.levels[evenly(len(here.data.train), 32)])
-    with torch.no_grad():
-        maps = model.encode(here.slices(32))
-    counts = torch.bincount(maps.flatten(), minlength=config.codes)
-    codebook, channels = model.quantizer.codebook, config.map_channels
-    code_map = modules.CodeMap.fit(codebook, counts, config.order, channels)
-    with torch.no_grad():
-        many = model.encode(here.slices(512))
-    same = (many == many[0]).all(0)  # (64, 64)
-    box = code_map.box = modules.Box(torch.where(same, many[0], -1))
-    G = train.seeded(0, 1, lambda: modules.make_generator(config, box.size))
-    D = train.seeded(0, 2, lambda: modules.make_discriminator(config, box.size))
-    noise = torch.randn(32, config.noise_dim, generator=modules.generator_of(0))
-    adam = {"betas": (config.gan_beta1, 0.99), "fused": fused}
-    return SimpleNamespace(
-        run=a_run(config), vqvae=model, code_map=code_map, G=G, D=D, levels=levels,
-        G_optimizer=torch.optim.Adam(G.parameters(), config.gan_lr[0], **adam),
-        D_optimizer=torch.optim.Adam(D.parameters(), config.gan_lr[1], **adam),
-        ready=(code_map.encode(box.inside(maps)), levels, noise),
-    )  # fmt: skip
+# --- DCGAN and generation -----------------------------------------------------------------
 
 
-def round_of(step: Callable, gan):
-    """As many steps as lie between two penalties, and how many maps they see."""
+class Gan(train.Gan):
+    """A DCGAN at the start of its training, whose maps come from a VQ-VAE without training."""
+
+    def __init__(self, here: Inputs, config: Config):
+        self.run, self.vqvae = a_run(here, config), some_vqvae(here, config)
+        self.levels = torch.from_numpy(here.data.train.levels[evenly(len(here.data.train), 32)])
+        with torch.no_grad():
+            maps = self.vqvae.encode(here.slices(32))
+        counts = torch.bincount(maps.flatten(), minlength=config.codes)
+        self.code_map = modules.CodeMap.fit(
+            self.vqvae.quantizer.codebook, counts, config.order, config.map_channels,
+            crop=train.crop_of(here.data.train, config),
+        )  # fmt: skip
+        self.make_networks()
+        noise = torch.randn(32, config.noise_dim, generator=generator_of(0))
+        real = self.code_map.encode(self.code_map.crop.cut(maps))
+        self.ready = real, self.levels, noise  # a batch
+
+
+def plain_gan(here: Inputs, config: Config) -> Gan:
+    """The same with NCHW weights, a plain first layer and optimisers that are not fused."""
+    gan = Gan(here, config)
+    first = gan.G.layers[0]
+    gan.G.layers[0] = torch.nn.ConvTranspose2d(1, 1, first.kernel_size, bias=False)
+    gan.G.layers[0].weight = first.weight
+    for name, network in (("G_optimizer", gan.G), ("D_optimizer", gan.D)):
+        network.to(memory_format=torch.contiguous_format)
+        group = getattr(gan, name).param_groups[0]
+        adam = torch.optim.Adam(network.parameters(), group["lr"], group["betas"])
+        setattr(gan, name, adam)
+    return gan
+
+
+def steps_of(step: Callable, gan: Gan):
+    """The steps from one penalty to the next, and the number of maps in them."""
     config = gan.run.config
 
     def steps():
@@ -237,40 +275,41 @@ def round_of(step: Callable, gan):
 
 
 def dcgan_here(here: Inputs):
-    return round_of(train.dcgan_step, a_gan(here, here.config, fused=True))
+    return steps_of(train.dcgan_step, Gan(here, here.config))
 
 
 def dcgan_plain(here: Inputs):
-    gan = a_gan(here, here.config, fused=False)
-    for network in (gan.G, gan.D):
-        network.to(memory_format=torch.contiguous_format)
-    gan.G.layers[0].__class__ = torch.nn.ConvTranspose2d
-    return round_of(plain.dcgan_step, gan)
+    return steps_of(plain.dcgan_step, plain_gan(here, here.config))
 
 
-def generate_here(refined: bool, here: Inputs):
-    """refined: through the denoiser and the sharper decoder, or the DCGAN and VQ-VAE alone."""
-    gan = a_gan(here, here.config, fused=True)
-    denoiser, vqvae = None, gan.vqvae
+def generate_here(here: Inputs, refined: bool = True):
+    """Noise to slices, as predict.py. refined: with the denoiser and the sharper decoder."""
+    config, gan = here.config, Gan(here, here.config)
+    restore, vqvae = None, gan.vqvae
     if refined:
-        denoiser = modules.make_denoiser(here.config)
-        denoiser.fit(gan.code_map, torch.ones(here.config.codes))
-        vqvae = modules.widen_decoder(gan.vqvae, here.config)
+        denoiser = make_denoiser(config).eval()
+        denoiser.fit(gan.code_map, torch.ones(config.codes))
+        autocast = functools.partial(device.autocast, CPU, config.precision)
+        restore = denoiser.restorer(gan.code_map, autocast)
+        vqvae = widen_decoder(vqvae, config)
     gan.G.eval()
     noise, level = gan.ready[2].repeat(2, 1), gan.levels.repeat(2)
-    networks = gan.G, gan.code_map, vqvae
 
-    def generate():  # as predict.py does
-        autocast = runtime.autocast(noise.device, here.config.precision)
-        modules.draw(*networks, noise, level, denoiser=denoiser, autocast=autocast)
+    def generate():
+        maps = modules.draw_maps(gan.G, gan.code_map, noise, level, restore)
+        modules.in_full_batches(vqvae.decode, maps)
 
     return generate, len(noise)
 
 
-def transformer_monai(here: Inputs):
-    """Of the size in MONAI's tutorial. It has no cache: token t is a pass over t tokens.
+def generate_here_alone(here: Inputs):
+    return generate_here(here, refined=False)
 
-    The sum over all tokens is Simpson's, from passes of five lengths: exact for a cost that is
+
+def generate_monai(here: Inputs):
+    """MONAI's transformer, of its tutorial's size. Token t costs a pass over t tokens.
+
+    The sum over all tokens is Simpson's, from passes of five lengths: exact if the cost is
     quadratic in the length. Decoding the finished map is left out.
     """
     from monai.networks.nets import DecoderOnlyTransformer
@@ -291,7 +330,10 @@ def transformer_monai(here: Inputs):
     return measure, 1
 
 
-def open_first(here: Inputs):
+# --- slices from files --------------------------------------------------------------------
+
+
+def open_here(here: Inputs):
     def work() -> float:
         with tempfile.TemporaryDirectory(dir=here.work) as cache:
             config = Config(data=str(here.pngs()), cache=cache)
@@ -300,21 +342,10 @@ def open_first(here: Inputs):
     return work, 1
 
 
-def open_again(here: Inputs):
+def open_here_again(here: Inputs):
     config = Config(data=str(here.pngs()), cache=str(here.work / "cache"))
     quietly(open_data, config)
     return lambda: seconds_of(quietly, open_data, config), 1
-
-
-def read_here(here: Inputs):
-    train_split = here.data.train
-    order = np.random.default_rng(0).integers(len(train_split), size=(PNGS // 32, 32))
-
-    def epoch():
-        for rows in order:
-            train_split.batch(rows)
-
-    return epoch, 1
 
 
 class PngFiles(torch.utils.data.Dataset):
@@ -329,46 +360,28 @@ class PngFiles(torch.utils.data.Dataset):
         return torch.from_numpy(cv2.imdecode(blob, cv2.IMREAD_GRAYSCALE))[None] / 255
 
 
-def read_loader(here: Inputs):
-    files, workers = PngFiles(here.pngs()), os.cpu_count()
-    loader = torch.utils.data.DataLoader(files, 32, shuffle=True, num_workers=workers)
+def open_loader(here: Inputs):
+    pngs, workers = PngFiles(here.pngs()), os.cpu_count()
+    loader = torch.utils.data.DataLoader(pngs, 32, shuffle=True, num_workers=workers)
     return lambda: collections.deque(loader, maxlen=0), 1
 
 
-def ssim_work(similarity: Callable, x: torch.Tensor, y: torch.Tensor, loss: bool):
-    def step():
-        given = x.detach().requires_grad_(loss)
-        value = similarity(given, y).mean()
-        if loss:
-            value.backward()
-
-    return step, len(x)
+# --- SSIM ---------------------------------------------------------------------------------
 
 
-def ssim_pair(here: Inputs, loss: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slices and noisy copies: whole ones for the metric, a batch of windows for the loss."""
-    x = here.slices(32)[..., 64:192, 64:192] if loss else here.slices(64)
-    noise = torch.randn(x.shape, generator=modules.generator_of(0))
-    return x.contiguous(), (x + 0.05 * noise).clamp(0, 1)
+def ssim_pair(here: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """64 slices and noisy copies of them."""
+    x = here.slices(64)
+    noise = torch.randn(x.shape, generator=generator_of(0))
+    return x, (x + 0.05 * noise).clamp(0, 1)
 
 
-def ssim_here(loss: bool, here: Inputs):
-    function = metrics.ssim_core if loss else metrics.ssim
-    return ssim_work(function, *ssim_pair(here, loss), loss)
+def ssim_here(here: Inputs):
+    return functools.partial(metrics.ssim, *ssim_pair(here)), 64
 
 
-def ssim_msssim(loss: bool, here: Inputs):
+def ssim_msssim(here: Inputs):
     from pytorch_msssim import ssim
 
-    function = functools.partial(ssim, data_range=1.0, size_average=False)
-    return ssim_work(function, *ssim_pair(here, loss), loss)
-
-
-def machine_copy(here: Inputs):
-    source, target = torch.ones(COPIED), torch.empty(COPIED)
-    return lambda: target.copy_(source), 2 * COPIED * 4  # bytes: read, written
-
-
-def machine_product(dtype: torch.dtype, here: Inputs):
-    a, b = torch.randn(2, SIDE, SIDE).to(dtype)
-    return lambda: a @ b, 2 * SIDE**3  # operations
+    given = {"data_range": 1.0, "size_average": False}
+    return functools.partial(ssim, *ssim_pair(here), **given), 64

@@ -38,8 +38,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 if __name__ == "__main__":  # a question for help must not wait for torch
     ARGUMENTS, OPTIONS = parse()
 
-import runtime
 from config import Exit, UserError
+from support import checkpoints, endings, messages
 
 # driver.py itself, with more checkpoints, so that kills hit the saving of one
 DRIVER = (
@@ -75,7 +75,7 @@ def seen(folder: Path) -> tuple[dict[str, int], list[str]]:
     newest, problems = {}, []
     for path in sorted(folder.glob("seed-*/*.pt")):
         try:
-            values = runtime.load_checkpoint(path)
+            values = checkpoints.load_checkpoint(path)
         except UserError as problem:
             problems.append(str(problem))
             continue
@@ -150,16 +150,16 @@ def main():
         raise UserError(Exit.BUSY, f"{folder} is there; remove it or choose another --out")
     folder.mkdir(parents=True)
     soak = Soak(folder, OPTIONS, ARGUMENTS.seed)
-    runtime.say(f"an uninterrupted run takes {soak.seconds:.0f} s")
-    for _ in runtime.progress(range(ARGUMENTS.cycles), total=ARGUMENTS.cycles, label="cycles"):
+    messages.say(f"an uninterrupted run takes {soak.seconds:.0f} s")
+    for _ in messages.progress(range(ARGUMENTS.cycles), total=ARGUMENTS.cycles, label="cycles"):
         soak.cycle()
     if code := start(soak.run, OPTIONS).wait():  # what was killed last is brought to its end
         soak.losses.append(f"exit code {code}")
     else:
         soak.finished()
     for loss in soak.losses:
-        runtime.say(f"lost: {loss}")
-    runtime.say(
+        messages.say(f"lost: {loss}")
+    messages.say(
         f"{ARGUMENTS.cycles} cycles: {soak.ends['SIGKILL']} killed, {soak.ends['SIGTERM']} "
         f"terminated; {soak.ends['finished']} results compared; {len(soak.losses)} losses"
     )
@@ -168,4 +168,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_script(main)
+    endings.run_script(main)

@@ -1,18 +1,28 @@
-"""Draws the README's diagrams: pipeline.png, vqvae.png and generator.png, beside this file.
+"""Draw the README's diagrams: pipeline.png, vqvae.png and generator.png, beside this file.
 
     python images/draw.py
+    python images/draw.py --table      # print the README's table of the VQ-VAE's layers
 
-Own drawings, by matplotlib alone. The brain in them is drawn too (ellipses, and noise for the
-folds), so no data are needed. One unit is one pixel of a README that is 900 pixels wide.
+The drawings need matplotlib only and no data: the brain in them is made of ellipses, with noise
+for the folds. One unit is one pixel of a README that is 900 pixels wide.
 """
 
+import argparse
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon
+from torch import Tensor, nn
+
+import modules
+from config import Config
 
 INK, FAINT = "#333333", "#8a8a8a"
 ENCODER, CODES, DECODER, GAN = "#cfe0f3", "#e8dcf5", "#d5ecd4", "#fbe0c3"
@@ -23,10 +33,69 @@ THICK = {8: 10, 16: 15, 64: 30}  # units, by their channels
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", action="store_true", help="print the table and end")
+    if parser.parse_args().table:
+        print(architecture_table(modules.make_vqvae(Config())))
+        return
     for draw in (pipeline, vqvae, generator):
         path = Path(__file__).parent / f"{draw.__name__}.png"
         draw().savefig(path, pil_kwargs={"optimize": True})
         print(f"{path}  {path.stat().st_size // 1000} kB")
+
+
+# The table of layers
+
+
+def architecture_rows(model: modules.VQVAE) -> list[tuple[str, ...]]:
+    """One row per layer of the README's table, from a forward pass on a black slice.
+
+    The code has the original's layers in another order: pooling stands before ReLU, upsampling
+    is part of a convolution, and the 1x1 convolution is part of the quantiser.
+    """
+    rows = []
+
+    def record(module, inputs, output):
+        x = inputs[0]
+        if isinstance(module, nn.ReLU):
+            last = max(i for i, row in enumerate(rows) if row[0] == "Conv2d")
+            rows[last] = (rows[last][0] + " + ReLU", *rows[last][1:])
+        elif isinstance(module, nn.MaxPool2d):
+            rows.append(("Max2D Pool", "-", "2", "-", "-", shape_of(x), shape_of(output)))
+        elif isinstance(module, modules.Quantizer):
+            z, indices = shape_of(output.embedding), shape_of(output.indices[:, None])
+            filters = str(inputs[1].out_channels)
+            rows.append(("Pre_VQ Conv2d", filters, "1", "1", "0", shape_of(x), z))
+            rows.append(("Vector Quantized", *"----", z, indices))
+        elif isinstance(module, nn.Conv2d):
+            if isinstance(module, modules.UpsampleConv):
+                up = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                rows.append(("Upsampling", "-", "2", "-", "-", shape_of(x), shape_of(up)))
+                x = up
+            numbers = (module.out_channels, module.kernel_size[0], module.stride[0])
+            numbers = map(str, (*numbers, module.padding[0]))
+            rows.append(("Conv2d", *numbers, shape_of(x), shape_of(output)))
+
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
+    with torch.no_grad():
+        model(torch.zeros(1, 1, 256, 256))
+    for hook in hooks:
+        hook.remove()
+    rows[-1] = ("Final Conv2d", *rows[-1][1:])
+    return rows
+
+
+def shape_of(x: Tensor) -> str:
+    return "(" + " x ".join(str(n) for n in x.shape[1:]) + ")"
+
+
+def architecture_table(model: modules.VQVAE) -> str:
+    """The rows as a Markdown table."""
+    head = ("Layer", "Filters", "Kernel", "Stride", "Padding", "Input Shape", "Output Shape")
+    lines = [head, (":---:",) * len(head), *architecture_rows(model)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # The three drawings
@@ -184,7 +253,7 @@ def table(ax, columns: list[float]):
             write(ax, x, y, cell, size=9.5, va="baseline")
 
 
-# Made-up pictures
+# Drawn brains and noise
 
 
 def band_noise(rng: np.random.Generator, low: float, high: float, side: int = 256):

@@ -1,14 +1,22 @@
-"""What several test files share: scripts as processes, a tiny data set, its finished run."""
+"""Shared by the tests: scripts in this or another process, a tiny data set, its trained run."""
 
+import argparse
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
 import torch
+
+from support import cli, endings
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -20,11 +28,40 @@ SMALL = [
 
 
 def script(name, *arguments, cwd, timeout=600, **env):
+    """Run a script in a process of its own, as a user does."""
     return subprocess.run(
         [sys.executable, str(ROOT / name), *map(str, arguments)],
         cwd=cwd, timeout=timeout, capture_output=True, text=True, encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )  # fmt: skip
+
+
+def called(name, *arguments, cwd) -> SimpleNamespace:
+    """Run a script's main function in this process, which saves the import of torch.
+
+    Returns returncode, stdout and stderr, as `script`.
+    """
+    module, argv = importlib.import_module(Path(name).stem), [name, *map(str, arguments)]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", argv),
+    ):  # fmt: skip
+        try:
+            parsed = module.parse() if name == "predict.py" else parsed_by(name, argv[1:])
+            code = int(endings._ending(lambda: module.main(parsed)))
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def parsed_by(name, words: list[str]) -> argparse.Namespace:
+    """The arguments of driver.py or train.py."""
+    parser = cli.Parser("")
+    cli.add_options(parser)
+    if name == "train.py":
+        parser.add_argument("--stage", default="all")
+    return parser.parse_args(list(map(str, words)))
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +91,7 @@ def slices(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(slices, tmp_path_factory):
-    """A folder in which `driver.py --out out --runs 2` has run."""
+    """A folder in which `driver.py --out out --runs 2` has run, and what it printed."""
     where = tmp_path_factory.mktemp("work")
     done = script("driver.py", "--data", slices, "--out", "out", "--runs", 2, *SMALL, cwd=where)
     assert done.returncode == 0, done.stderr

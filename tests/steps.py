@@ -3,10 +3,10 @@
     python tests/steps.py OUT.pt
     torchrun --nproc_per_node 2 tests/steps.py OUT.pt
 
-Default networks, but a DCGAN of smooth activations; float32, few slices. How far the steps
-moved everything goes to OUT.pt, and is the same from any number of processes, up to rounding.
-Steps are plain gradient descent: Adam's first ones have one size, and make of a gradient that
-is rounding error alone a whole step.
+OUT.pt gets the movement of every weight. Up to rounding it is the same for any number of
+processes. The networks have their default sizes, in float32. Steps are plain gradient descent:
+Adam's first steps have one size, also if a gradient is only rounding error. The DCGAN has
+smooth activations, since rounding could move many values over a kink.
 """
 
 import sys
@@ -17,23 +17,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
+from torch.optim import SGD
 
-import evaluation
-import metrics
 import modules
-import processes
 import train
 from config import Config
 from dataset import BrainSlices
+from stages.decoder import Decoding, decoder_batch, decoder_step
+from stages.denoiser import denoiser_batch, denoiser_step, make_denoiser
+from stages.losses import random_corner, structural_loss
+from stages.stage import CROP, ORDER, Feed, order_of, seeded, update_average
+from support import distributed
 
-# A larger gamma makes plain descent so steep that it multiplies rounding, step by step.
+# A larger gamma would make plain gradient descent so steep that it multiplies rounding errors.
 CONFIG = Config(precision="float32", batch_size=8, gan_batch_size=8, codes=64, gamma=0.3)
 SLICES = 24
 DECODER_LOSSES = "loss", "g_loss", "d_loss", "r1", "r2"
+CPU = torch.device("cpu")
 
 
 def slices() -> BrainSlices:
-    """Blurred noise: every slice and every cell another."""
+    """Blurred noise, so that all slices and cells differ."""
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(SLICES, 1, 32, 32, generator=draw)
     images = torch.nn.functional.interpolate(coarse, scale_factor=8, mode="bilinear")
@@ -42,124 +46,127 @@ def slices() -> BrainSlices:
     return BrainSlices(pixels, np.arange(SLICES), ["a"] * SLICES, levels)
 
 
+def floats(**networks: torch.nn.Module) -> dict:
+    """A copy of all weights and statistics of the networks."""
+    return {
+        f"{name}.{k}": v.clone()
+        for name, network in networks.items()
+        for k, v in network.state_dict().items()
+        if v.is_floating_point()
+    }
+
+
+def moved(before: dict, **networks: torch.nn.Module) -> dict:
+    return {k: v - before[k] for k, v in floats(**networks).items()}
+
+
 def vqvae_steps() -> dict:
+    """Five steps, with a revival of five dead codes among them."""
     data = slices()
-    run = SimpleNamespace(config=CONFIG, seed=0, device=torch.device("cpu"))
+    run = SimpleNamespace(config=CONFIG, seed=0, device=CPU)
     stage = SimpleNamespace(run=run, steps=1000, step=0)
-    model = train.seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    model = seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
+    optimizer, loss = SGD(model.parameters(), lr=1e-2), structural_loss(CONFIG)
     train.start_codebook(model, data, run)
     far = torch.arange(5)
     model.quantizer.replace(far, torch.full((5, CONFIG.code_dim), 100.0))  # no cell is near
-    before, losses, revived = floats("vqvae", model), [], 0
-    for stage.step in range(train.REVIVE_EVERY - 4, train.REVIVE_EVERY + 1):
-        rows = train.order_of(0, train.ORDER, SLICES, 8 * stage.step, 8)
-        images = data.batch(rows[processes.share(8)])
-        corner = train.corner_of(images, train.generator_of(0, train.CROP, stage.step))
-        given = model, optimizer, CONFIG, 1.0
-        values, coded = train.vqvae_step(*given, images, corner, quantize=True)
+    before, losses, revived = floats(vqvae=model), [], 0
+    for stage.step in range(CONFIG.revive_every - 4, CONFIG.revive_every + 1):
+        rows = order_of(0, ORDER, SLICES, 8 * stage.step, 8)
+        images = data.batch(rows[distributed.share(8)])
+        draw = modules.generator_of(0, CROP, stage.step)
+        corner = random_corner(256, 256, CONFIG.window_px, draw)
+        values, coded = train.vqvae_step(
+            model, optimizer, CONFIG, loss, images, corner, quantize=True
+        )
         losses.append(values["loss"].item())
         revived += train.revive_codes(model, *coded, stage).item()
-    moved = {k: v - before[k] for k, v in floats("vqvae", model).items()}
-    return moved | {"vqvae.losses": torch.tensor(losses), "revived": torch.tensor(revived)}
-
-
-def floats(name: str, module: torch.nn.Module) -> dict:
-    state = module.state_dict().items()
-    return {f"{name}.{k}": v.clone() for k, v in state if v.is_floating_point()}
+    extra = {"vqvae.losses": torch.tensor(losses), "revived": torch.tensor(revived)}
+    return moved(before, vqvae=model) | extra
 
 
 def without_files() -> train.Gan:
     """Random maps and their code map, as if a run had made them; no networks yet."""
     gan = train.Gan.__new__(train.Gan)
-    gan.run = SimpleNamespace(
-        config=CONFIG, seed=0, device=torch.device("cpu"),
-        data=SimpleNamespace(train=slices()),
-    )  # fmt: skip
+    data = SimpleNamespace(train=slices())
+    gan.run = SimpleNamespace(config=CONFIG, seed=0, device=CPU, data=data)
     draw = torch.Generator().manual_seed(1)
     codebook = torch.randn(64, 64, generator=draw)
     gan.counts = torch.ones(64).long()
     gan.code_map = modules.CodeMap.fit(codebook, gan.counts, "coordinates", 4)
     maps = torch.randint(64, (SLICES, 64, 64), generator=draw).short().numpy()
-    gan.maps = train.Feed(maps, gan.run.device)
-    gan.levels = torch.from_numpy(gan.run.data.train.levels)
+    gan.maps = Feed(maps, CPU)
+    gan.levels = torch.from_numpy(data.train.levels)
     return gan
 
 
+def penalised(step: int) -> bool:
+    return step % CONFIG.penalty_every == 0
+
+
+def numbers(values: dict, names) -> list[float]:
+    return [values[name].item() if name in values else 0.0 for name in names]
+
+
 def decoder_steps() -> dict:
-    gan, model = without_files(), train.seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
-    decoding, losses = train.Decoding(gan.run, model), []
-    decoding.optimizer = torch.optim.SGD(model.decoder.parameters(), lr=1e-2)
-    decoding.D_adam = torch.optim.SGD(decoding.D.parameters(), lr=1e-2)
-    images = train.Feed(gan.run.data.train.images, gan.run.device)
-    before = floats("decoder", model.decoder) | floats("patches", decoding.D)
+    """Four steps, of which one has penalties."""
+    gan, model = without_files(), seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
+    decoding, losses = Decoding(gan.run, model), []
+    decoding.optimizer = SGD(model.decoder.parameters(), lr=1e-2)
+    decoding.D_adam = SGD(decoding.D.parameters(), lr=1e-2)
+    images = Feed(gan.run.data.train.images, CPU)
+    networks = {"decoder": model.decoder, "patches": decoding.D}
+    before, loss = floats(**networks), structural_loss(CONFIG)
     stage = SimpleNamespace(run=gan.run, batch_size=8)
     for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
         stage.nimg = 8 * stage.step
-        batch = train.decoder_batch(gan, images, stage)
-        penalise = stage.step % CONFIG.penalty_every == 0
-        values = train.decoder_step(decoding, CONFIG, 1.0, *batch, penalise)
-        losses.append([values[k].item() if k in values else 0.0 for k in DECODER_LOSSES])
-    after = floats("decoder", model.decoder) | floats("patches", decoding.D)
-    moved = {k: v - before[k] for k, v in after.items()}
-    return moved | {"decoder.losses": torch.tensor(losses)}
+        batch = decoder_batch(gan, images, stage)
+        values = decoder_step(decoding, CONFIG, loss, *batch, penalised(stage.step))
+        losses.append(numbers(values, DECODER_LOSSES))
+    return moved(before, **networks) | {"decoder.losses": torch.tensor(losses)}
 
 
 def gan_steps() -> dict:
+    """Four steps, of which one has penalties."""
     gan = without_files()
-    gan.networks()
+    gan.make_networks()
     for layers in (gan.G.layers, gan.D.layers, gan.average.layers):
         for i, layer in enumerate(layers):
             if isinstance(layer, torch.nn.ReLU | torch.nn.LeakyReLU):
-                layers[i] = (
-                    torch.nn.SiLU()
-                )  # rounding carries many a one of those over its kink
-    gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=1e-2)
-    gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=1e-3)
-    parts, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
-    before = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
+                layers[i] = torch.nn.SiLU()
+    gan.G_optimizer = SGD(gan.G.parameters(), lr=1e-2)
+    gan.D_optimizer = SGD(gan.D.parameters(), lr=1e-3)
+    networks, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
+    before = floats(**networks)
     stage = SimpleNamespace(run=gan.run, batch_size=8)
     for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
         stage.nimg = 8 * stage.step
-        penalise = stage.step % CONFIG.penalty_every == 0
-        values = train.dcgan_step(gan, *gan.batch(stage), penalise)
-        train.update_average(gan.average, gan.G, 0.05 * stage.nimg, 8)
-        losses.append([values["d_loss"].item(), values["g_loss"].item()])
-        losses[-1] += [values[k].item() if k in values else 0.0 for k in ("r1", "r2")]
-    after = {k: v for name, part in parts.items() for k, v in floats(name, part).items()}
-    moved = {k: v - before[k] for k, v in after.items()}
-    return moved | {"gan.losses": torch.tensor(losses)}
+        values = train.dcgan_step(gan, *gan.batch(stage), penalised(stage.step))
+        update_average(gan.average, gan.G, 0.05 * stage.nimg, 8)
+        losses.append(numbers(values, ("d_loss", "g_loss", "r1", "r2")))
+    return moved(before, **networks) | {"gan.losses": torch.tensor(losses)}
 
 
 def denoiser_steps() -> dict:
+    """Six steps; movements are those of the last four, in which all layers have gradients."""
     gan = without_files()
-    denoiser = train.seeded(0, 3, lambda: modules.make_denoiser(CONFIG))
+    denoiser = seeded(0, 3, lambda: make_denoiser(CONFIG))
     denoiser.fit(gan.code_map, gan.counts)
-    sgd, losses, before = torch.optim.SGD(denoiser.parameters(), lr=1e-2), [], None
-    stage = SimpleNamespace(run=gan.run, batch_size=8, nimg=0, step=0)
+    sgd, losses, before = SGD(denoiser.parameters(), lr=1e-2), [], None
+    stage = SimpleNamespace(run=gan.run, batch_size=8)
     for stage.step in range(6):
-        if stage.step == 2:  # from here on, gradients reach all layers
-            before = floats("denoiser", denoiser)
+        if stage.step == 2:
+            before = floats(denoiser=denoiser)
         stage.nimg = 8 * stage.step
-        batch, start = train.denoiser_batch(denoiser, gan, stage)
-        losses.append(train.denoiser_step(denoiser, sgd, CONFIG, *batch, start).item())
-    moved = {k: v - before[k] for k, v in floats("denoiser", denoiser).items()}
-    return moved | {"denoiser.losses": torch.tensor(losses)}
+        batch, start = denoiser_batch(denoiser, gan, stage)
+        losses.append(denoiser_step(denoiser, sgd, CONFIG, *batch, start).item())
+    return moved(before, denoiser=denoiser) | {"denoiser.losses": torch.tensor(losses)}
 
 
-def features() -> dict:
-    """Of 23 slices, 5 times as many as processes at a time: the last ones are few."""
-    evaluation.LARGE, evaluation.PART = 0, 5
-    data = slices()
-    split = BrainSlices(data.images, np.arange(23), ["a"] * 23, data.levels[:23])
-    found = evaluation.on_disk(metrics.RandomFeatures().features, split)
-    return {"features": torch.tensor(found)}
-
-
-@processes.joined()
+@distributed.joined()
 def main(path: str):
-    state = vqvae_steps() | decoder_steps() | gan_steps() | denoiser_steps() | features()
-    if processes.is_first():
+    state = vqvae_steps() | decoder_steps() | gan_steps() | denoiser_steps()
+    if distributed.is_first():
         torch.save(state, path)
 
 

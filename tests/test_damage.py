@@ -1,6 +1,6 @@
-"""Bad data by the hundred: whatever a file holds, the right array or a named reason comes out.
+"""Damaged data by the hundred: every file gives the right array or an error that names it.
 
-Never a crash, never a silently wrong picture where the format could tell, never more than 1 GB.
+No crash, no silently wrong picture if the format has checksums, and never more than 1 GB.
 """
 
 import contextlib
@@ -34,22 +34,24 @@ from test_dataset import (
     png,
 )
 
-import dataset
-import decoding
-import runtime
-import sources
 from config import Config, UserError
 from dataset import open_data, read_slices
+from loading import cache, decoding, sources
+from support import device
 
-many = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+
+def examples(count: int) -> settings:
+    """So many random inputs, in one temporary folder, without a time limit for each."""
+    shared = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=count, deadline=None, suppress_health_check=shared)
+
+
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
 
-# --- what is whole ------------------------------------------------------------------------
+# --- intact files ------------------------------------------------------------------------
 
 
-@many
+@examples(150)
 @given(
     st.sampled_from(
         [(GREY, d) for d in (1, 2, 4, 8, 16)] + [(PALETTE, d) for d in (1, 2, 4, 8)]
@@ -57,7 +59,7 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # colour types of PNG
     ),
     st.integers(1, 40), st.integers(1, 40), st.integers(0, 999),
 )  # fmt: skip
-def test_every_mode_depth_and_size_of_png_is_the_same_grey_image(kind, height, width, seed):
+def test_every_kind_depth_and_size_of_png_gives_the_same_grey_image(kind, height, width, seed):
     (colour, depth), draw, extra = kind, np.random.default_rng(seed), []
     full = 2**depth - 1
     samples = draw.integers(0, full + 1, (height, width))
@@ -73,25 +75,23 @@ def test_every_mode_depth_and_size_of_png_is_the_same_grey_image(kind, height, w
     assert np.array_equal(decoding.read_image(blob, peak=65535), wanted)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 99), st.sampled_from([1, 3]))
-def test_every_size_of_jpeg_is_the_same_image_but_for_its_losses(height, width, seed, channels):
+def test_every_size_of_jpeg_gives_the_image_up_to_compression(height, width, seed, channels):
     image = grey(seed, (height, width))
     samples = np.repeat(image[..., None], channels, axis=2)
     back = decoding.read_image(_encoded(samples, ".jpg", 1, 100))
     assert back.shape == image.shape and np.abs(back.astype(int) - image).max() <= 12
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(60)
 @given(
     st.tuples(*[st.integers(2, 16)] * 3),
     st.sampled_from(["u2", "i2", "i4", "i8", "f4", "f8"]), st.sampled_from("<>"),
     st.sampled_from([".nii", ".nii.gz"]), st.sampled_from([(None, None), (0.5, 0), (2, -3)]),
     st.integers(0, 99),
 )  # fmt: skip
-def test_every_type_order_and_scale_of_a_volume_is_the_same_volume(
+def test_every_type_byte_order_and_scale_gives_the_same_volume(
     tmp_path, shape, kind, order, suffix, scale, seed
 ):
     import nibabel
@@ -103,17 +103,17 @@ def test_every_type_order_and_scale_of_a_volume_is_the_same_volume(
     header.set_data_dtype(np.dtype(order + kind))
     image = nibabel.Nifti1Image(voxels.astype(np.float64), np.eye(4), header)
     if kind[0] in "iu" and kind != "i8":
-        image.header.set_slope_inter(*scale)  # what is stored is scaled, what is meant is not
+        image.header.set_slope_inter(*scale)  # scales the stored numbers only
     path = tmp_path / f"b{suffix}"
     nibabel.save(image, path)
     assert np.abs(read_slices(path, Config(slices=3)).astype(int) - wanted).max() <= 1
 
 
-# --- what is not --------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------
 
 
 def volume_bytes(folder: Path, name: str) -> dict[str, bytes]:
-    """The files of a small volume, by name."""
+    """File name -> bytes, of a small volume."""
     make = analyze if name.endswith(".hdr") else nifti
     make(folder / name, head((9, 11, 10)))
     return {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -121,7 +121,7 @@ def volume_bytes(folder: Path, name: str) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Per format: its files by name, the one that is read first."""
+    """Format -> its files: name -> bytes."""
     formats = {
         "a.png": {"a.png": PNG},
         "a16.png": {"a16.png": _encoded(grey(2) * np.uint16(9))},
@@ -134,7 +134,7 @@ def whole(tmp_path_factory):
 
 @st.composite
 def damages(draw):
-    """A function that damages bytes, and whether it cuts them short."""
+    """A kind of damage, and a function that does it to bytes."""
     kind = draw(st.sampled_from(["cut", "flip", "many", "zero", "insert", "drop"]))
     places = draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=6))
     early = draw(st.booleans())  # headers are small and matter most
@@ -159,15 +159,13 @@ def damages(draw):
     return kind, damage
 
 
-@pytest.mark.filterwarnings("ignore")  # numpy and nibabel have much to say on such headers
+@pytest.mark.filterwarnings("ignore")  # numpy and nibabel warn of such headers
 @pytest.mark.parametrize(
     "name", ["a.png", "a16.png", "a.jpg", "a.nii", "a.nii.gz", "a_t88_x.hdr"]
 )
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(120)
 @given(damages(), st.booleans())
-def test_damaged_bytes_give_the_right_array_or_a_named_reason(
+def test_damaged_bytes_give_the_right_array_or_an_error_that_names_the_file(
     name, whole, tmp_path, kind_and_damage, second
 ):
     kind, damage = kind_and_damage
@@ -210,19 +208,19 @@ ODD = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_pngs_whose_checksums_are_right_may_still_be_wrong(kind):
+def test_a_png_with_right_checksums_may_still_be_damaged(kind):
     assert decoding.read_image(odd_png(_chunk(b"IHDR", IHDR), IDAT)).tolist() == [[97, 98]] * 2
     with pytest.raises(decoding.Unreadable):
         decoding.read_image(ODD[kind])
 
 
-def test_little_memory_is_no_fault_of_the_file(tmp_path, monkeypatch):
-    def none(image):
+def test_too_little_memory_does_not_count_as_damage(tmp_path, monkeypatch):
+    def fail(image):
         raise MemoryError
 
     path = nifti(tmp_path / "a.nii", head())
-    monkeypatch.setattr(decoding, "_float32", none)
-    with pytest.raises(MemoryError):  # as a fault it would be skipped, and a person with it
+    monkeypatch.setattr(decoding, "_float32", fail)
+    with pytest.raises(MemoryError):  # a damaged file would be skipped, and a person with it
         read_slices(path, Config())
 
 
@@ -231,14 +229,12 @@ def test_little_memory_is_no_fault_of_the_file(tmp_path, monkeypatch):
 NAMES = st.binary(min_size=1, max_size=120).map(lambda b: b.translate(None, b"/\0")).filter(len)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(60)
 @given(st.lists(NAMES, min_size=1, max_size=4, unique=True))
 @example([b"z1", b"z01", b"z001"])
 @example([b"train", b"\xff\xfe", "²٣".encode(), b"a\nb"])
 @example([b"\x1b[31m", b"-rf", b"%s{}", b"9" * 100])
-def test_any_name_is_a_slice_or_counted_and_a_copy_is_the_same_data(tmp_path, names):
+def test_a_file_of_any_name_is_read_or_counted_and_a_copy_is_the_same_data(tmp_path, names):
     shutil.rmtree(tmp_path / "data", ignore_errors=True)
     shutil.rmtree(tmp_path / "copy", ignore_errors=True)
     tree = flat_tree(tmp_path / "data", people=3, slices=1)
@@ -251,7 +247,7 @@ def test_any_name_is_a_slice_or_counted_and_a_copy_is_the_same_data(tmp_path, na
     data = open_data(config(tree, tmp_path))
     assert len(data.images) == len(items)
     json.dumps(data.report, ensure_ascii=False).encode()
-    for item in reversed(items):  # folders list their files in the order they came
+    for item in reversed(items):  # folders may list files in the order of creation
         copy = tmp_path / "copy" / item.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(item.path, copy)
@@ -260,7 +256,7 @@ def test_any_name_is_a_slice_or_counted_and_a_copy_is_the_same_data(tmp_path, na
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
-def test_pipes_and_devices_are_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_never_opened(tmp_path):
     tree = flat_tree(tmp_path / "data", people=3)
     os.mkfifo(tree / "sub-00" / "z9.png")
     (tree / "sub-01" / "z9.png").symlink_to("/dev/zero")
@@ -270,7 +266,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
     (tmp_path / "a_t88_x.img").unlink()
     (tmp_path / "a_t88_x.img").symlink_to("/dev/zero")
     item = sources.Item(str(tmp_path), "a_t88_x.hdr")
-    assert dataset._survey(item)[1] == 0  # comes back
+    assert cache._survey(item)[1] == 0  # it returns
 
 
 # --- memory -------------------------------------------------------------------------------
@@ -279,18 +275,18 @@ FORK = multiprocessing.get_context("fork")
 
 
 def memory_of(work) -> int:
-    """How many bytes `work` took above what was there, in a process of its own."""
+    """The bytes that `work` allocates at its peak, measured in a forked process."""
     resource = pytest.importorskip("resource")
     ours, theirs = FORK.Pipe()
 
     def measured():
-        cv2.setNumThreads(1)  # the threads of the process before do not exist in this one
+        cv2.setNumThreads(1)  # the parent's threads do not exist in a forked process
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with contextlib.suppress(UserError, decoding.Unreadable):
             work()
         theirs.send(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
-    runtime.release_memory()  # what earlier tests freed could be had again without being seen
+    device.release_memory()  # reused free memory would not be counted
     process = FORK.Process(target=measured)
     process.start()
     process.join()
@@ -298,12 +294,12 @@ def memory_of(work) -> int:
     return ours.recv()
 
 
-def test_memory_is_seen():
+def test_the_memory_measurement_works():
     assert memory_of(lambda: np.ones(2**26, np.uint8)) > 2**25
 
 
 def claim(folder: Path, shape, code: int, suffix=".nii") -> Path:
-    """A NIfTI file that claims a shape and a type, with 10 voxels behind its header."""
+    """A NIfTI file whose header claims a shape and a type, with 10 voxels behind it."""
     blob = bytearray(nifti(folder / "a.nii", head()).read_bytes()[:372])
     blob[40:48] = struct.pack("<4h", len(shape), *shape)
     blob[70:74] = struct.pack("<2h", code, 0)
@@ -322,14 +318,14 @@ def claim(folder: Path, shape, code: int, suffix=".nii") -> Path:
         ((300, 300, 300), 1792),
     ],
 )
-def test_claims_beyond_the_limit_are_refused_without_memory(tmp_path, shape, code, suffix):
+def test_a_header_that_claims_too_much_is_refused_without_memory(tmp_path, shape, code, suffix):
     path = claim(tmp_path, shape, code, suffix)
     assert memory_of(lambda: read_slices(path, Config())) < 50e6
     message = failure(read_slices, path, Config())
     assert "claims" in message or "not plain numbers" in message
 
 
-def test_a_claim_within_the_limit_costs_no_more_than_it_says(tmp_path):
+def test_a_header_within_the_limit_takes_no_more_memory_than_it_claims(tmp_path):
     path = claim(tmp_path, (400, 400, 400), 4)
     assert memory_of(lambda: read_slices(path, Config())) < 400e6
     failure(read_slices, path, Config())
@@ -338,13 +334,13 @@ def test_a_claim_within_the_limit_costs_no_more_than_it_says(tmp_path):
 def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
     with open(tmp_path / "a.png", "wb") as file:
         file.write(PNG)
-        file.truncate(2**30)  # sparse: it takes no space
+        file.truncate(2**30)  # sparse: it takes no space on the disk
     assert memory_of(lambda: read_slices(tmp_path / "a.png", Config())) < 50e6
     assert "too many" in failure(read_slices, tmp_path / "a.png", Config())
 
 
 def largest(folder: Path, kind: str) -> Path:
-    """A whole file of the largest size that is let through."""
+    """An intact file of the largest size that is accepted."""
     if kind == "png":
         samples = np.broadcast_to(np.arange(4096)[:, None, None] * 16, (4096, 4096, 4))
         return png(folder / "a.png", np.ascontiguousarray(samples, np.uint16))
@@ -363,28 +359,24 @@ def largest(folder: Path, kind: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["png", "scaled", "double"])
-def test_four_threads_with_the_largest_files_stay_below_1_gb(tmp_path, kind, monkeypatch):
+def test_four_threads_with_the_largest_files_need_less_than_1_gb(tmp_path, kind, monkeypatch):
     path = largest(tmp_path, kind)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     items = [sources.Item(str(tmp_path), path.name)] * 4
-    sizes = []
 
     def work():
-        for _, peak in dataset._pooled(items, dataset._survey, "reading"):
-            sizes.append(peak)
-        list(
-            dataset._pooled(
-                items,
-                lambda item: decoding.read_file(item.path, 3, -1, max(sizes), set()),
-                "all",
-            )
-        )
+        peak = max(peak for _, peak in cache._pooled(items, cache._survey, "reading"))
+
+        def read(item):
+            return decoding.read_file(item.path, 3, -1, peak, set())
+
+        list(cache._pooled(items, read, "all"))
 
     assert memory_of(work) < 1e9
 
 
 @pytest.mark.slow
-def test_a_gzip_that_never_ends_is_left(tmp_path):
+def test_a_gzip_with_endless_zeros_is_refused(tmp_path):
     nifti(tmp_path / "a.nii", head())
     with gzip.open(tmp_path / "b.nii.gz", "wb", compresslevel=1) as file:
         file.write((tmp_path / "a.nii").read_bytes())

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation
 from config import Config
 from dataset import BrainSlices, Data
+from scores import evaluation
 
 PEOPLE, LEVELS = {"train": 40, "validation": 12, "test": 12}, 8
 

@@ -1,7 +1,7 @@
 """Faults on purpose: kills, signals, full disks, little memory, hostile and damaged files.
 
-Real processes, signals and limits. What is promised: nothing saved is lost, no wrong score or
-picture appears, no code of a stranger runs, and every ending has its exit code.
+Promises: nothing saved is lost, no wrong score or picture appears, no code in a file runs, and
+every ending has its exit code.
 """
 
 import argparse
@@ -24,49 +24,67 @@ import ablate
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, script
+from conftest import ROOT, SMALL
+from matplotlib.figure import Figure
 
-import dataset
 import driver
 import predict
-import results
-import runtime
 import train
-from config import Config, Exit, UserError, config_from
+from config import Exit, UserError
+from loading import cache
+from scores import results
+from stages import stage as stages_stage
+from support import checkpoints, cli, endings, files, messages, runs
+from support.checkpoints import FORMAT
 
 resource = pytest.importorskip("resource")  # limits, fork and signals as on Linux
 FORK = multiprocessing.get_context("fork")
 
 
-def given(**options) -> argparse.Namespace:
-    """What argparse would make of these options and of SMALL."""
-    parser = driver.Parser("")
-    driver.add_options(parser)
-    return argparse.Namespace(**vars(parser.parse_args(SMALL)), **options)
+def options(**given) -> argparse.Namespace:
+    """What argparse returns for SMALL and these options."""
+    parser = cli.Parser("")
+    cli.add_options(parser)
+    given = {name: value if name == "stage" else str(value) for name, value in given.items()}
+    return argparse.Namespace(**vars(parser.parse_args(SMALL)), **given)
 
 
-def patched(code: str, *options, cwd, **keywords) -> subprocess.Popen:
-    """driver.py with SMALL as a process in which `code` ran before `driver.main`."""
+def ending(main, **given) -> Exit:
+    """The exit code of `driver.main` or `train.main` with SMALL and these options."""
+    return endings._ending(lambda: main(options(**given)))
+
+
+def predict_ending(command: list, monkeypatch) -> Exit:
+    """The exit code of predict.py with this command line."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, command)])
+    return endings._ending(lambda: predict.main(predict.parse()))
+
+
+def patched(code: str, *flags, cwd) -> subprocess.Popen:
+    """driver.py with SMALL in a process that runs `code` before `driver.main`."""
     lines = [
         "import os, signal, sys, time, resource",
         f"sys.path.insert(0, {str(ROOT)!r})",
-        "import driver, runtime, torch, train",
-        "parser = driver.Parser('')",
-        "driver.add_options(parser)",
+        "import driver, torch, train",
+        "from loading import cache",
+        "from stages import stage",
+        "from support import cli, endings",
+        "parser = cli.Parser('')",
+        "cli.add_options(parser)",
         "arguments = parser.parse_args()",
         code,
-        "runtime.run_script(lambda: driver.main(arguments))",
+        "endings.run_script(lambda: driver.main(arguments))",
     ]
     return subprocess.Popen(
-        [sys.executable, "-c", "\n".join(lines), *SMALL, *map(str, options)], cwd=cwd,
+        [sys.executable, "-c", "\n".join(lines), *SMALL, *map(str, flags)], cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
 @contextlib.contextmanager
 def file_limit(size: int):
-    """No file grows beyond `size` bytes: to a writer, a full disk."""
+    """No file can grow beyond `size` bytes. To a writer this is a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -79,23 +97,33 @@ def temporaries(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if "tmp" in p.name]
 
 
+def without(values, key):
+    return {k: v for k, v in values.items() if k != key}
+
+
 @pytest.fixture
 def seed(finished, tmp_path):
     """A copy of a finished seed's folder, to be damaged."""
     return shutil.copytree(finished[0] / "out/seed-0", tmp_path / "seed-0")
 
 
+@pytest.fixture
+def with_cache(finished, monkeypatch):
+    """Run in the folder of the finished run, so that its cache of slices is used."""
+    monkeypatch.chdir(finished[0])
+
+
 # --- kills --------------------------------------------------------------------------------
 
 
 def save_forever(path: Path):
-    """Saves with numbers that tell whether a file is one save or a mixture of two."""
-    torch.set_num_threads(1)  # the threads of the process before do not exist in this one
-    number = (runtime.load_last(path) or {"number": 0})["number"]
+    """Save numbers that show whether a file is one save or a mixture of two."""
+    torch.set_num_threads(1)  # the parent's threads do not exist in a forked process
+    number = (checkpoints.load_last(path) or {"number": 0})["number"]
     while True:
         number += 1
         values = {"number": number, "tensor": torch.full((250_000,), float(number))}
-        runtime.save_checkpoint(path, values, keep_previous=True)
+        checkpoints.save_checkpoint(path, values, keep_previous=True)
 
 
 def time_of(path: Path) -> int:
@@ -106,7 +134,7 @@ def time_of(path: Path) -> int:
         return 0
 
 
-def test_a_kill_while_saving_leaves_a_whole_checkpoint_30_times(tmp_path):
+def test_a_kill_while_saving_leaves_a_complete_checkpoint_30_times(tmp_path):
     path, draw, last = tmp_path / "x_last.pt", random.Random(0), 0
     for _ in range(30):
         before = time_of(path)
@@ -118,18 +146,18 @@ def test_a_kill_while_saving_leaves_a_whole_checkpoint_30_times(tmp_path):
         writer.kill()
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
-        found = runtime.load_last(path)  # raises for a damaged one
+        found = checkpoints.load_last(path)  # raises for a damaged one
         if found is not None:
             assert (found["tensor"] == found["number"]).all() and found["number"] >= last
             last = found["number"]
-        with runtime.writing_alone(tmp_path):  # as the next start does
+        with runs.writing_alone(tmp_path):  # as the next start does
             assert temporaries(tmp_path) == []
     assert last >= 30 and not list(tmp_path.glob("*.damaged-*"))
 
 
 def hold(folder: Path, path: Path):
-    """Be the writer of a folder, begin a file in it, and wait for the end."""
-    with runtime.writing_alone(folder), runtime.replacing(path) as temporary:
+    """Lock a folder, begin a file, and wait to be killed."""
+    with runs.writing_alone(folder), files.replacing(path) as temporary:
         temporary.write_bytes(b"half")
         (folder / "ready").touch()
         time.sleep(60)
@@ -148,176 +176,178 @@ def writer(tmp_path):
     process.join()
 
 
-def test_a_second_writer_is_told_who_the_first_is(writer, tmp_path):
+def test_the_error_of_a_second_writer_names_the_first(writer, tmp_path):
     words = f'"pid": {writer.pid}, "host"'
     with (
         pytest.raises(UserError, match=words) as problem,
-        runtime.writing_alone(tmp_path / "out"),
+        runs.writing_alone(tmp_path / "out"),
     ):
         pass
     assert problem.value.code == Exit.BUSY
-    dataset._remove_stale(tmp_path / "cache")
-    assert len(temporaries(tmp_path)) == 1  # it is being written
+    cache.remove_stale(tmp_path / "cache")
+    assert len(temporaries(tmp_path)) == 1  # its writer still runs
 
 
-def test_what_a_killed_writer_leaves_is_taken_over_and_cleared(writer, tmp_path, capsys):
+def test_the_lock_and_files_of_a_killed_writer_are_taken_over(writer, tmp_path, capsys):
     writer.kill()
     writer.join()
-    with runtime.writing_alone(tmp_path / "out"):
+    with runs.writing_alone(tmp_path / "out"):
         assert f'took over the lock of a process that ended: {{"pid": {writer.pid}' in (
             capsys.readouterr().out
         )
-    dataset._remove_stale(tmp_path / "cache")
+    cache.remove_stale(tmp_path / "cache")
     assert temporaries(tmp_path) == []
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
     import fcntl
 
     def absent(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", absent)
-    with runtime.writing_alone(tmp_path):
+    with runs.writing_alone(tmp_path):
         pass
     assert "has no locks" in capsys.readouterr().err
 
 
-def test_a_second_script_in_one_folder_is_exit_5(slices, tmp_path):
-    with runtime.writing_alone(tmp_path / "out"):
-        runtime.results_folder(config_from(given(out=str(tmp_path / "out"))), "", False)
-        (tmp_path / "out/config.json").unlink()
-        done = script("train.py", "--data", slices, "--out", "out", *SMALL, cwd=tmp_path)
-    assert done.returncode == 5 and done.stderr.count("\n") == 1, done.stderr
-    assert str(os.getpid()) in done.stderr
+def test_a_script_in_a_busy_folder_is_exit_5(slices, with_cache, tmp_path, capsys):
+    with runs.writing_alone(tmp_path / "out"):
+        code = ending(train.main, data=slices, out=tmp_path / "out", stage="vqvae")
+    error = capsys.readouterr().err
+    assert code == Exit.BUSY and error.count("\n") == 1, error
+    assert str(os.getpid()) in error
 
 
 # --- signals ------------------------------------------------------------------------------
 
-SLOW = """
-real = train.reconstruction_loss
-def slow(*given):
-    if len(os.listdir('out/seed-0')) and os.path.exists('out/seed-0/vqvae_prev.pt'):
+SLOW_THIRD_STEP = """
+real = stage.Stage.after_step
+def slow(self, *given):
+    if os.path.exists('out/seed-0/vqvae_prev.pt'):
         open('slow', 'w').close()
         time.sleep(60)
-    return real(*given)
-train.reconstruction_loss, train.CHECKPOINT_EVERY_S = slow, 0
+    return real(self, *given)
+stage.Stage.after_step, stage.CHECKPOINT_EVERY_S = slow, 0
 """
 
 
-def test_the_second_ctrl_c_ends_at_once_and_the_last_checkpoint_is_whole(slices, tmp_path):
-    running = patched(SLOW, "--data", slices, "--out", "out", cwd=tmp_path)
-    while not (tmp_path / "slow").exists() and running.poll() is None:
+def wait_for(path: Path, process: subprocess.Popen):
+    while not path.exists() and process.poll() is None:
         time.sleep(0.05)
+
+
+def test_the_second_ctrl_c_ends_at_once_and_the_checkpoint_is_complete(slices, tmp_path):
+    running = patched(SLOW_THIRD_STEP, "--data", slices, "--out", "out", cwd=tmp_path)
+    wait_for(tmp_path / "slow", running)
     running.send_signal(signal.SIGINT)
     time.sleep(0.5)
-    assert running.poll() is None  # the step is being finished
+    assert running.poll() is None  # the step goes on
     start = time.monotonic()
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=600)
-    assert running.returncode == 130, error
+    assert running.returncode == Exit.INTERRUPTED, error
     assert time.monotonic() - start < 5
     last = tmp_path / "out/seed-0/vqvae_last.pt"
-    assert runtime.load_checkpoint(last)["nimg"] == 16 and not temporaries(last.parent)
+    assert checkpoints.load_checkpoint(last)["nimg"] == 16 and not temporaries(last.parent)
+
+
+def test_every_signal_sets_a_flag_until_the_next_check():
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        saves = []
+        with pytest.raises(endings.Interrupted), endings.Signals() as signals:
+            os.kill(os.getpid(), signum)  # nothing happens yet
+            signals.check(lambda saves=saves: saves.append(1))
+        assert saves == [1]
 
 
 def children_of(pid: int) -> list[int]:
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            found += [int(stat.parent.name)] * (
-                int(stat.read_text().rpartition(")")[2].split()[1]) == pid
-            )
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            found += [int(stat.parent.name)] if parent == pid else []
     return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
-def test_a_signal_while_decoding_ends_with_its_code_and_leaves_no_orphans(slices, tmp_path):
-    code = "import dataset\ndataset._survey = lambda item: (open('s', 'w'), time.sleep(0.4))"
+def test_a_signal_during_decoding_has_its_exit_code_and_leaves_no_orphans(slices, tmp_path):
+    code = "cache._survey = lambda item: (open('s', 'w'), time.sleep(0.4))"
     running = patched(code, "--data", slices, "--out", "out", cwd=tmp_path)
-    while not (tmp_path / "s").exists() and running.poll() is None:
-        time.sleep(0.05)
+    wait_for(tmp_path / "s", running)
     orphans = children_of(running.pid)
     running.send_signal(signal.SIGTERM)
     _, error = running.communicate(timeout=600)
-    assert running.returncode == 143 and "To continue" in error, error
+    assert running.returncode == Exit.TERMINATED and "To continue" in error, error
     assert not [pid for pid in orphans if Path(f"/proc/{pid}").exists()]
     assert not (tmp_path / "out").exists()
 
 
-# --- space --------------------------------------------------------------------------------
+# --- full disks ---------------------------------------------------------------------------
 
 
-def test_a_full_disk_at_a_checkpoint_is_exit_7_and_the_last_one_is_intact(slices, tmp_path):
-    # One slow step after the second checkpoint: time to lower the limit.
-    options = ["--data", slices, "--out", "out"]
-    code = SLOW.replace("time.sleep(60)", "") + (
-        "real_add = train.Stage.save\n"
-        "def save(stage):\n"
-        "    if os.path.exists('slow'):\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n"
-        "    real_add(stage)\n"
-        "train.Stage.save = save\n"
-    )
-    running = patched(code, *options, cwd=tmp_path)
-    _, error = running.communicate(timeout=600)
-    assert running.returncode == 7, error
-    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+def test_a_full_disk_at_a_checkpoint_is_exit_7_and_the_last_one_is_intact(
+    slices, with_cache, tmp_path, monkeypatch, capsys
+):
+    saves, save = [], stages_stage.Stage.save
+
+    def save_third_on_a_full_disk(stage):
+        saves.append(stage.nimg)
+        with file_limit(20_000) if len(saves) == 3 else contextlib.nullcontext():
+            save(stage)
+
+    monkeypatch.setattr(stages_stage.Stage, "save", save_third_on_a_full_disk)
+    monkeypatch.setattr(stages_stage, "CHECKPOINT_EVERY_S", 0)
+    assert ending(driver.main, data=slices, out=tmp_path / "out") == Exit.WRITE
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert "vqvae_last.pt" in line and "MB free" in line and "MB needed" in line
     last = tmp_path / "out/seed-0/vqvae_last.pt"
-    assert runtime.load_checkpoint(last)["nimg"] == 16 and not temporaries(tmp_path / "out")
+    assert checkpoints.load_checkpoint(last)["nimg"] == 16 and not temporaries(tmp_path / "out")
 
 
-def test_a_full_disk_at_figures_costs_the_figures_alone(finished, slices, tmp_path):
-    where, _ = finished
-    shutil.copytree(where / "out", tmp_path / "out")
+def test_a_full_disk_at_a_figure_is_a_warning(tmp_path, capsys):
+    with file_limit(1000):
+        files.save_figure(tmp_path / "x.png", lambda: Figure((9, 9)))
+    assert "warning: drawing x.png failed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_figures_costs_only_the_figures(
+    finished, with_cache, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(finished[0] / "out", tmp_path / "out")
     shutil.rmtree(tmp_path / "out/seed-0/figures")
-    config = json.loads((where / "out/seed-0/config.json").read_text())["config"]
-    code = (
-        f"sys.path.insert(0, {str(ROOT)!r}); import predict, runtime, resource\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))\n"
-        "sys.argv[1:] = ['evaluate', 'out/seed-0', '--cache', sys.argv[1]]\n"
-        "arguments = predict.parse()\n"
-        "runtime.run_script(lambda: predict.main(arguments))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; " + code, config["cache"]], cwd=tmp_path,
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warning: drawing ") == 11 and "Traceback" not in done.stderr
-    assert done.stderr.count("warning: writing report.html failed") == 1
+    with file_limit(20_000):
+        assert predict_ending(["evaluate", tmp_path / "out/seed-0"], monkeypatch) == Exit.DONE
+    error = capsys.readouterr().err
+    assert "warning: drawing " in error and "Traceback" not in error
+    assert error.count("warning: writing report.html failed") == 1
     assert not list((tmp_path / "out/seed-0/figures").iterdir())
     written, before = (
         json.loads((place / "out/seed-0/metrics.json").read_text())
-        for place in (tmp_path, where)
+        for place in (tmp_path, finished[0])
     )
     assert written["generation"] == before["generation"]
 
 
-def test_a_full_disk_at_a_log_line_is_no_end(tmp_path, capsys):
-    log = runtime.Log(tmp_path / "log.csv", ("stage", "nimg", "loss"))
+def test_a_full_disk_at_a_log_line_does_not_end_the_run(tmp_path, capsys):
+    log = files.Log(tmp_path / "log.csv", ("stage", "nimg", "loss"))
     log.keep("vqvae", -1)
     log.add(stage="vqvae", nimg=1, loss=0.125)
-    limit = (tmp_path / "log.csv").stat().st_size + 9
-    with file_limit(limit), runtime.logging_to(tmp_path / "run.log"):
+    limit = log.path.stat().st_size + 9
+    with file_limit(limit), messages.logging_to(tmp_path / "run.log"):
         log.add(stage="vqvae", nimg=2, loss=0.12345)  # nine bytes of it fit
         for _ in range(100):
-            runtime.log("a line that is lost from some time on")
+            messages.log("a line of which most copies are lost")
     assert "a row of log.csv was lost" in capsys.readouterr().err
-    assert [row["nimg"] for row in log.rows()] == [1]  # half a row is none
+    assert [row["nimg"] for row in log.rows()] == [1]  # the cut row is ignored
     log.add(stage="vqvae", nimg=3, loss=0.25)
     log.add(stage="vqvae", nimg=4, loss=0.5)
     assert [row["nimg"] for row in log.rows()] in ([1, 4], [1, 3, 4])
-
-
-def test_half_a_last_number_is_no_number(tmp_path):
-    log = runtime.Log(tmp_path / "log.csv", ("stage", "nimg", "loss"))
-    log.keep("vqvae", -1)
-    log.add(stage="vqvae", nimg=1, loss=0.125)
     with open(log.path, "a") as file:
-        file.write("vqvae,2,0.1")  # of 0.125
-    assert [row["nimg"] for row in log.rows()] == [1]
+        file.write("vqvae,5,0.1")  # cut from 0.125, and still a number
+    assert log.rows()[-1]["nimg"] == 4
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -332,52 +362,39 @@ def test_a_full_disk_under_stdout_is_no_failure(finished, tmp_path):
     assert (tmp_path / "x/00000.png").exists()
 
 
-def test_unwritable_output_is_found_before_training(slices, finished, tmp_path, monkeypatch):
+def test_unwritable_output_is_found_before_training(finished, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(driver, "open_data", None)  # not even the data are looked at
+    monkeypatch.setattr(driver, "open_data", None)  # not even the data are opened
     for out in ("file", "file/x"):
         for main in (driver.main, train.main):
-            assert runtime._ending(lambda m=main, o=out: m(given(out=str(tmp_path / o)))) == 7
-    command = [
-        "generate",
-        str(finished[0] / "out"),
-        "--n",
-        "1",
-        "--out",
-        str(tmp_path / "file"),
-    ]
-    assert predict_ending(command, monkeypatch) == 7
-
-
-def predict_ending(command: list[str], monkeypatch) -> Exit:
-    """The exit code of predict.py with this command line."""
-    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, command)])
-    return runtime._ending(lambda: predict.main(predict.parse()))
+            assert ending(main, out=tmp_path / out) == Exit.WRITE
+    command = ["generate", finished[0] / "out", "--n", 1, "--out", tmp_path / "file"]
+    assert predict_ending(command, monkeypatch) == Exit.WRITE
 
 
 def test_a_checkpoint_that_reads_back_damaged_is_not_kept(tmp_path, monkeypatch):
     path = tmp_path / "x_last.pt"
-    runtime.save_checkpoint(path, {"number": 1}, keep_previous=True)
+    checkpoints.save_checkpoint(path, {"number": 1}, keep_previous=True)
     monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda archive: "data.pkl")
     with pytest.raises(UserError, match="reads back damaged") as problem:
-        runtime.save_checkpoint(path, {"number": 2}, keep_previous=True)
+        checkpoints.save_checkpoint(path, {"number": 2}, keep_previous=True)
     monkeypatch.undo()
     assert problem.value.code == Exit.WRITE and not temporaries(tmp_path)
-    assert runtime.load_checkpoint(path)["number"] == 1
+    assert checkpoints.load_checkpoint(path)["number"] == 1
 
 
 # --- memory -------------------------------------------------------------------------------
 
 
-def test_out_of_memory_is_exit_8_and_says_half_of_the_batch(slices, tmp_path):
+def test_out_of_memory_is_exit_8_and_suggests_half_of_the_batch(slices, tmp_path):
     code = (
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 700_000_000, -1))\n"
     )
-    options = ["--data", slices, "--out", "out", "--batch-size", 8192]
-    running = patched(code, *options, cwd=tmp_path)
+    flags = ["--data", slices, "--out", "out", "--batch-size", 8192]
+    running = patched(code, *flags, cwd=tmp_path)
     _, error = running.communicate(timeout=600)
-    assert running.returncode == 8, error
+    assert running.returncode == Exit.MEMORY, error
     assert error.count("\n") == 1 and "--batch-size 4096" in error
 
 
@@ -391,15 +408,16 @@ def test_out_of_memory_is_exit_8_and_says_half_of_the_batch(slices, tmp_path):
         ("denoiser", "--gan-batch-size 4"),
     ],
 )
-def test_every_stage_that_runs_out_of_memory_names_its_own_option(
+def test_a_stage_that_runs_out_of_memory_names_its_own_option(
     stage, words, monkeypatch, capsys
 ):
     def big(run):
-        np.zeros(10**15)  # a petabyte: no system lends it
+        np.zeros(10**15)  # a petabyte: no system has it
 
     monkeypatch.setitem(train.STAGES, stage, big)
-    run = argparse.Namespace(config=config_from(given()), signals=contextlib.nullcontext())
-    assert runtime._ending(lambda: train.run_stages(run, [stage])) == Exit.MEMORY
+    config = cli.config_from(options())
+    run = argparse.Namespace(config=config, signals=contextlib.nullcontext())
+    assert endings._ending(lambda: train.run_stages(run, [stage])) == Exit.MEMORY
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
 
@@ -408,7 +426,7 @@ def test_every_stage_that_runs_out_of_memory_names_its_own_option(
 
 
 class Bomb:
-    """A pickle of it opens `marker` for writing when it is loaded."""
+    """A careless load of its pickle opens the file `marker` for writing."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -417,121 +435,107 @@ class Bomb:
         return open, (str(self.marker), "w")
 
 
-def test_no_script_runs_what_a_checkpoint_holds(
-    finished, slices, tmp_path, monkeypatch, capsys
+def test_no_script_runs_code_from_a_checkpoint(
+    finished, slices, with_cache, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(finished[0] / "out", tmp_path / "out")
-    monkeypatch.chdir(finished[0])  # its cache
     marker, folder = tmp_path / "marker", tmp_path / "out/seed-0"
-    runs = {
-        "driver": lambda: driver.main(given(data=str(slices), out=str(tmp_path / "out"))),
-        "train": lambda: train.main(
-            argparse.Namespace(
-                **vars(given(data=str(slices), out=str(tmp_path / "out"))), stage="all"
-            )
-        ),
+    given = {"data": slices, "out": tmp_path / "out"}
+    scripts = {
+        "driver": lambda: driver.main(options(**given)),
+        "train": lambda: train.main(options(**given, stage="all")),
         "ablate": lambda: ablate.main(ablate.parse()),
     }
-    (folder / "metrics.json").unlink()  # driver.py would not look at a finished seed
+    (folder / "metrics.json").unlink()  # the driver skips a finished seed
     for path in folder.glob("*.pt"):
-        torch.save({"format": 1, "stage": path.stem, "bomb": Bomb(marker)}, path)
+        torch.save({"format": FORMAT, "stage": path.stem, "bomb": Bomb(marker)}, path)
     monkeypatch.setattr(sys, "argv", ["ablate.py", str(folder)])
-    for name, run in runs.items():
-        assert runtime._ending(run) == Exit.CHECKPOINT, (name, capsys.readouterr().err)
-    for command in (
-        ["generate"],
-        ["interpolate"],
-        ["evaluate"],
-        ["reconstruct", "--data", "."],
-    ):
+    for name, main in scripts.items():
+        assert endings._ending(main) == Exit.CHECKPOINT, (name, capsys.readouterr().err)
+    commands = ["generate"], ["interpolate"], ["evaluate"], ["reconstruct", "--data", "."]
+    for command in commands:
         assert predict_ending([*command, folder], monkeypatch) == Exit.CHECKPOINT, command
     assert "more than tensors and plain values" in capsys.readouterr().err
     assert not marker.exists()
-    with pytest.raises(FileNotFoundError):  # the bomb is live: a careless load sets it off
-        torch.load(folder / "codes.pt", weights_only=False) and marker.unlink()
-        marker.unlink()
-    assert not marker.exists()
+    torch.load(folder / "codes.pt", weights_only=False)["bomb"].close()
+    assert marker.exists()  # the control: a careless load runs it
 
 
 @pytest.mark.parametrize("at", [0.0, 0.3, 0.6, 0.9, 0.999])
 def test_a_flipped_byte_in_a_checkpoint_is_found(at, tmp_path):
     path = tmp_path / "x.pt"
-    runtime.save_checkpoint(path, {"tensor": torch.arange(5000.0)})
-    good = runtime.load_checkpoint(path)
+    checkpoints.save_checkpoint(path, {"tensor": torch.arange(5000.0)})
+    good = checkpoints.load_checkpoint(path)
     blob = bytearray(path.read_bytes())
     for place in range(int(at * len(blob)), min(int(at * len(blob)) + 12, len(blob))):
         blob[place] ^= 0x10
         path.write_bytes(blob)
         blob[place] ^= 0x10
-        with contextlib.suppress(UserError):  # a byte that zip itself does not look at
-            found = runtime.load_checkpoint(path)
+        with contextlib.suppress(UserError):  # zip ignores some bytes
+            found = checkpoints.load_checkpoint(path)
             assert torch.equal(found["tensor"], good["tensor"])
 
 
-def huge_view():
-    return torch.zeros(1).expand(10**6, 10**6)  # four bytes that claim 4 TB
-
-
 def bloated(path: Path):
-    """The same file, with one part compressed that unpacks to 200 MB."""
+    """Add a part to the file that unpacks to 200 MB."""
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/9", bytes(200_000_000))
 
 
-def endless() -> list:
-    loop = []
-    loop.append(loop)
-    return loop
+def saved(**values):
+    """A function that saves these values in place of a checkpoint."""
+    return lambda path: torch.save({"format": FORMAT} | values, path)
+
+
+LOOP: list = []
+LOOP.append(LOOP)
+HUGE_VIEW = torch.zeros(1).expand(10**6, 10**6)  # four bytes that claim 4 TB
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda p: torch.save({"format": 1, "x": huge_view()}, p), "claims more"),
-        (lambda p: torch.save({"format": 1, "x": endless()}, p), "not a usable checkpoint"),
-        (lambda p: torch.save({"format": 1, "x": torch.tensor(np.nan)}, p), "x is not finite"),
-        (lambda p: torch.save({"format": 1, "x": [np.inf]}, p), r"x\[0\] is not finite"),
-        (lambda p: torch.save({"format": 2}, p), "of this version"),
-        (lambda p: torch.save([1], p), "of this version"),
-        (lambda p: torch.save({"format": torch.ones(2)}, p), "not a usable checkpoint"),
+        (saved(x=HUGE_VIEW), "claims more"),
+        (saved(x=LOOP), "not a usable checkpoint"),
+        (saved(x=torch.tensor(np.nan)), "x is not finite"),
+        (saved(x=[np.inf]), r"x\[0\] is not finite"),
+        (saved(format=FORMAT - 1), "another version.*another --out and train anew"),
+        (saved(format=torch.ones(2)), "not a usable checkpoint"),
+        (lambda p: torch.save([1], p), "of this project"),
         (lambda p: p.write_bytes(b""), "not a usable checkpoint"),
         (lambda p: p.write_text("text"), "not a usable checkpoint"),
         (lambda p: p.unlink(), "no such file"),
         (bloated, "claim more bytes"),
     ],
 )
-def test_other_bad_checkpoints_are_exit_4_with_their_reason(spoil, words, tmp_path):
+def test_a_bad_checkpoint_is_exit_4_with_its_reason(spoil, words, tmp_path):
     path = tmp_path / "x.pt"
-    runtime.save_checkpoint(path, {"x": torch.ones(3)})
+    checkpoints.save_checkpoint(path, {"x": torch.ones(3)})
     spoil(path)
     with pytest.raises(UserError, match=words) as problem:
-        runtime.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     assert problem.value.code == Exit.CHECKPOINT and str(path) in str(problem.value)
 
 
-def test_little_memory_is_no_damage(tmp_path, monkeypatch):
-    def none(*arguments, **keywords):
+def test_too_little_memory_does_not_count_as_damage(tmp_path, monkeypatch):
+    def fail(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     path = tmp_path / "x_last.pt"
-    runtime.save_checkpoint(path, {"x": 1})
-    monkeypatch.setattr(torch, "load", none)
-    with pytest.raises(RuntimeError, match="allocate"):  # a damaged file would be put aside
-        runtime.load_last(path)
-    assert path.exists()
-
-
-def without(values, key):
-    return {k: v for k, v in values.items() if k != key}
+    checkpoints.save_checkpoint(path, {"x": 1})
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="allocate"):
+        checkpoints.load_last(path)
+    assert path.exists()  # a damaged file would be renamed
 
 
 def relink(folder: Path, changed: str):
-    """Make the other files belong to a changed one, so that its own fault is what is found."""
+    """Update checksums in the other files, so that only the fault in `changed` is found."""
     for name, target in predict.LINKS:
         if f"{target}.pt" == changed:
-            values = runtime.load_checkpoint(folder / f"{name}.pt")
-            values[target.removesuffix("_best")] = runtime.checksum(folder / changed)
-            runtime.save_checkpoint(folder / f"{name}.pt", values)
+            values = checkpoints.load_checkpoint(folder / f"{name}.pt")
+            values[target.removesuffix("_best")] = checkpoints.checksum(folder / changed)
+            checkpoints.save_checkpoint(folder / f"{name}.pt", values)
             relink(folder, f"{name}.pt")
 
 
@@ -539,142 +543,136 @@ def relink(folder: Path, changed: str):
     "name",
     ["vqvae_best.pt", "codes.pt", "decoder_best.pt", "dcgan_best.pt", "denoiser_best.pt"],
 )
-def test_predict_refuses_a_file_that_lacks_a_part_or_holds_another(name, seed):
+def test_predict_refuses_a_file_with_a_missing_or_wrong_part(name, seed):
     path = seed / name
-    values = runtime.load_checkpoint(path)
+    values = checkpoints.load_checkpoint(path)
     unused = {"format", "nimg", "score", "maps"}
-    unused |= {"model"} if name == "vqvae_best.pt" else set()  # that of decoder_best.pt is used
+    unused |= {"model"} if name == "vqvae_best.pt" else set()  # decoder_best.pt replaces it
     for key in values.keys() - unused:
-        wrong = torch.full((3,), 7.0)
-        for other in (without(values, key), values | {key: 7}, values | {key: wrong}):
-            runtime.save_checkpoint(path, other)
+        wrong = torch.full((3,), -7.0)
+        for other in (without(values, key), values | {key: -7}, values | {key: wrong}):
+            checkpoints.save_checkpoint(path, other)
             relink(seed, name)
             with pytest.raises(UserError, match=name) as problem:
                 predict.load_run(seed)
             assert problem.value.code == Exit.CHECKPOINT, key
-    runtime.save_checkpoint(path, values)
+    checkpoints.save_checkpoint(path, values)
     relink(seed, name)
     predict.load_run(seed)
 
 
 @pytest.mark.parametrize("change", [{"config": 3}, {"stamp": None, "seed": 1}, {"config": {}}])
-def test_predict_refuses_another_config_json(change, seed):
+def test_predict_refuses_a_damaged_config_json(change, seed):
     path = seed / "config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | change))
-    if "stamp" in change:
-        path.write_text(json.dumps(without(values, "stamp")))
+    values = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(without(values, "stamp") if "stamp" in change else values))
     with pytest.raises(UserError, match=r"config\.json") as problem:
         predict.load_run(seed)
     assert problem.value.code == Exit.CHECKPOINT
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "\xff", "3", "{"])
-def test_json_of_any_kind_is_no_crash(text, tmp_path):
+def test_damaged_json_is_exit_4(text, tmp_path):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError) as problem:
-        runtime.read_json(tmp_path / "x.json")
+        files.read_json(tmp_path / "x.json")
     assert problem.value.code == Exit.CHECKPOINT
 
 
-def test_a_training_checkpoint_that_lacks_a_part_is_exit_4(seed, slices, finished, monkeypatch):
-    monkeypatch.chdir(finished[0])
-    options = given(data=str(slices), out=str(seed.parent))
-    options.stage = "all"
+def test_a_training_checkpoint_that_lacks_a_part_is_exit_4(seed, slices, finished, with_cache):
     shutil.copy(finished[0] / "out/config.json", seed.parent)
     path = seed / "dcgan_last.pt"
-    values = runtime.load_checkpoint(path)
+    values = checkpoints.load_checkpoint(path)
     for key in ("nimg", "parts", "sums", "seconds"):
-        runtime.save_checkpoint(path, without(values, key))
-        assert runtime._ending(lambda: train.main(options)) == Exit.CHECKPOINT, key
+        checkpoints.save_checkpoint(path, without(values, key))
+        code = ending(train.main, data=slices, out=seed.parent, stage="all")
+        assert code == Exit.CHECKPOINT, key
 
 
-# --- what is not finite -------------------------------------------------------------------
+# --- numbers that are not finite ----------------------------------------------------------
 
 
-def test_a_nan_in_a_running_step_is_exit_6_with_stage_step_and_last_good(slices, tmp_path):
-    code = """
-real, calls = train.reconstruction_loss, []
-def poisoned(*given):
-    calls.append(1)
-    return real(*given) * (float('nan') if len(calls) == 4 else 1)
-train.reconstruction_loss, train.CHECKPOINT_EVERY_S = poisoned, 0
-"""
-    running = patched(code, "--data", slices, "--out", "out", cwd=tmp_path)
-    _, error = running.communicate(timeout=600)
-    assert running.returncode == 6 and "Traceback" not in error, error
-    for word in ("vqvae diverged", "step 4", "32 images seen", "vqvae_last.pt is from before"):
+def test_a_nan_in_the_loss_is_exit_6_and_the_last_checkpoint_is_from_before(
+    slices, with_cache, tmp_path, monkeypatch, capsys
+):
+    calls, real = [], train.loss_of
+
+    def with_nan_in_the_fourth_step(*given):
+        loss = real(*given)
+
+        def spoiled(*images):
+            calls.append(1)
+            return loss(*images) * (np.nan if len(calls) == 4 else 1)
+
+        return spoiled
+
+    monkeypatch.setattr(train, "loss_of", with_nan_in_the_fourth_step)
+    monkeypatch.setattr(stages_stage, "CHECKPOINT_EVERY_S", 0)
+    assert ending(driver.main, data=slices, out=tmp_path / "out") == Exit.DIVERGED
+    error = capsys.readouterr().err
+    for word in ("vqvae diverged", "step 4", "32 slices seen", "vqvae_last.pt"):
         assert word in error
-    assert runtime.load_checkpoint(tmp_path / "out/seed-0/vqvae_last.pt")["nimg"] == 24
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["best"] is None and results["runs"][0]["status"] == "diverged"
+    assert checkpoints.load_checkpoint(tmp_path / "out/seed-0/vqvae_last.pt")["nimg"] == 24
+    written = json.loads((tmp_path / "out/results.json").read_text())
+    assert written["best"] is None and written["runs"][0]["status"] == "diverged"
 
 
-def test_weights_that_overflow_make_no_picture(seed, slices, tmp_path, monkeypatch, capsys):
-    commands = {
-        "encoder": ["reconstruct", "--data", slices / "keras_png_slices_test"],
-        "decoder": ["generate", "--n", 1],
-    }
-    for name, command in commands.items():
-        copy = shutil.copytree(seed, tmp_path / name)
-        values = runtime.load_checkpoint(copy / "decoder_best.pt")
-        for key in [k for k in values["model"] if k.startswith(name)]:
-            values["model"][key] *= 1e30
-        runtime.save_checkpoint(copy / "decoder_best.pt", values)
-        ending = predict_ending([*command, copy, "--out", tmp_path / "x"], monkeypatch)
-        assert ending == Exit.DIVERGED, name
-        error = capsys.readouterr().err
-        assert "output is not finite" in error and error.count("\n") == 1
-    assert not list(tmp_path.glob("x/*"))
+PARTS = "encoder", "codebook", "decoder", "generator", "denoiser"
+OVERFLOW = [("encoder", 1e30), ("decoder", 1e30)]
 
 
-@pytest.mark.parametrize("where", ["encoder", "codebook", "generator", "denoiser"])
-def test_a_nan_in_memory_makes_no_picture(where, seed, slices, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("part", "factor"), [(part, np.nan) for part in PARTS] + OVERFLOW)
+def test_weights_that_are_not_finite_or_overflow_write_no_picture(
+    part, factor, seed, slices, tmp_path, monkeypatch, capsys
+):
     real = predict.load_run
 
-    def poisoned(*arguments):
+    def spoiled(*arguments):
         run = real(*arguments)
-        weights = {
-            "encoder": run.vqvae.encoder[0].weight,
-            "codebook": run.vqvae.quantizer.codebook,
-            "generator": next(run.generator.parameters()),
-            "denoiser": run.denoiser.head.weight,
-        }[where]
-        weights[:] = torch.nan
+        for weights in {
+            "encoder": run.vqvae.encoder.parameters(),
+            "codebook": [run.vqvae.quantizer.codebook],
+            "decoder": run.vqvae.decoder.parameters(),
+            "generator": run.generator.parameters(),
+            "denoiser": run.denoiser.parameters(),
+        }[part]:
+            weights *= factor
         return run
 
-    monkeypatch.setattr(predict, "load_run", poisoned)
-    command = ["reconstruct", "--data", slices / "keras_png_slices_test"]
-    command = ["generate"] if where in ("generator", "denoiser") else command
-    ending = predict_ending([*command, seed, "--out", tmp_path / "x"], monkeypatch)
-    assert ending == Exit.DIVERGED and not list(tmp_path.glob("x/*"))
+    monkeypatch.setattr(predict, "load_run", spoiled)
+    command = ["generate", "--n", 1]
+    if part in ("encoder", "codebook"):
+        command = ["reconstruct", "--data", slices / "keras_png_slices_test"]
+    code = predict_ending([*command, seed, "--out", tmp_path / "x"], monkeypatch)
+    assert code == Exit.DIVERGED and not list(tmp_path.glob("x/*"))
+    error = capsys.readouterr().err
+    assert "not finite" in error and error.count("\n") == 1
 
 
 def test_results_leave_out_scores_that_are_not_finite(finished, tmp_path):
-    where, _ = finished
+    text = (finished[0] / "out/seed-0/metrics.json").read_text()
     for number, score in ((0, "NaN"), (1, "3.0"), (2, "Infinity")):
-        folder = tmp_path / f"seed-{number}"
-        folder.mkdir()
-        text = (where / "out/seed-0/metrics.json").read_text()
         values = json.loads(text)
         values["generation"][results.SCORE]["generated"] = 12345.0
+        folder = tmp_path / f"seed-{number}"
+        folder.mkdir()
         (folder / "metrics.json").write_text(json.dumps(values).replace("12345.0", score))
     rows = {seed: results.row_of(tmp_path, seed, 8) for seed in range(4)}
     states = [row["status"] for row in rows.values()]
     assert states == ["diverged", "done", "diverged", "unfinished"]
     results.write(tmp_path, rows)
     assert json.loads((tmp_path / "results.json").read_text())["best"] == "seed-1"
-    other = results.row_of(tmp_path, 1, 16)  # FD at another number of slices is another unit
-    assert other == {"status": "unfinished", "why": "scored with 8 slices, not 16"}
+    other = results.row_of(tmp_path, 1, 16)  # FD of 8 and of 16 slices cannot be compared
+    assert other["status"] == "unfinished" and "8 slices, not 16" in other["why"]
     (tmp_path / "seed-1/metrics.json").write_text("{}")
     with pytest.raises(UserError, match=r"metrics\.json"):
         results.row_of(tmp_path, 1, 8)
 
 
 def test_a_score_that_is_not_finite_is_never_written(tmp_path):
-    runtime.write_json(tmp_path / "x.json", {"a": 1})
+    files.write_json(tmp_path / "x.json", {"a": 1})
     with pytest.raises(FloatingPointError, match=r"x\.json"):
-        runtime.write_json(tmp_path / "x.json", {"a": float("nan")})
+        files.write_json(tmp_path / "x.json", {"a": float("nan")})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
@@ -691,34 +689,35 @@ def test_a_score_that_is_not_finite_is_never_written(tmp_path):
         (MemoryError(), 8),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: 9 bytes"), 8),
         (KeyboardInterrupt(), 130),
-        (runtime.Interrupted(signal.SIGTERM), 143),
-        (runtime.Interrupted(signal.SIGINT), 130),
+        (endings.Interrupted(signal.SIGTERM), 143),
+        (endings.Interrupted(signal.SIGUSR1), 143),
+        (endings.Interrupted(signal.SIGINT), 130),
     ],
 )
 def test_every_ending_has_its_code_and_one_line(problem, code, capsys):
     def main():
         raise problem
 
-    assert runtime._ending(main) == code
+    assert endings._ending(main) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith(("error: ", "stopped by "))
 
 
 def test_a_bug_is_exit_1_and_its_traceback_is_in_run_log(tmp_path, capsys):
     def main():
-        with runtime.logging_to(tmp_path / "run.log"):
+        with messages.logging_to(tmp_path / "run.log"):
             raise KeyError("a bug")
 
-    assert runtime._ending(main) == Exit.BUG
+    assert endings._ending(main) == Exit.BUG
     assert "KeyError: 'a bug'" in (tmp_path / "run.log").read_text()
 
 
-def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path):
+def test_commands_that_start_together_get_different_folders(tmp_path):
     found, start = [], threading.Barrier(8)
 
     def make():
         start.wait()
-        found.append(runtime.new_folder(tmp_path, "20260101-000000-quick"))
+        found.append(runs.new_folder(tmp_path, "generated"))
 
     threads = [threading.Thread(target=make) for _ in range(8)]
     for thread in threads:
@@ -726,18 +725,3 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path):
     for thread in threads:
         thread.join()
     assert len(set(found)) == 8 and all(folder.is_dir() for folder in found)
-
-
-def test_other_data_or_settings_are_exit_4_with_what_differs(tmp_path):
-    folder = tmp_path / "out"
-    runtime.results_folder(Config(out=str(folder)), "some data", False)
-    before = (folder / "config.json").read_bytes()
-    for config, data, words in (
-        (Config(out=str(folder)), "other data", r"data is 'some data', expected 'other data'"),
-        (Config(out=str(folder), lr=0.5, codes=9), "some data", r"codes \(512.*lr \(0\.003"),
-    ):
-        words = words if data == "other data" else r"(?s)codes \(512 there, 9 here\).*lr \("
-        with pytest.raises(UserError, match=words) as problem:
-            runtime.results_folder(config, data, False)
-        assert problem.value.code == Exit.CHECKPOINT
-    assert (folder / "config.json").read_bytes() == before

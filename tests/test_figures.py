@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
-import figures
+from scores import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "contains training data, do not publish"

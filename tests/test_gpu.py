@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_train import STEPS, TINY, a_run, differing, final_state, some_data, train_all
 
-import runtime
 import train
+from support import checkpoints, device, endings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,14 +37,14 @@ def steps_enough_to_record():
 def recorded(data, tmp_path_factory):
     """The end of a run whose steps were recorded."""
     run = a_run(tmp_path_factory.mktemp("recorded"), data, config=replace(TINY, device="cuda"))
-    records, real = [], runtime.Recorded.record
+    records, real = [], device.Recorded.record
 
     def record(self, inputs, given):
         records.append(given)
         return real(self, inputs, given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.Recorded, "record", record)
+        patch.setattr(device.Recorded, "record", record)
         train_all(run)
     for given in ({"quantize": False}, {"quantize": True}, {"penalise": False}):
         assert given in records
@@ -53,7 +53,7 @@ def recorded(data, tmp_path_factory):
 
 
 def test_recorded_steps_end_at_the_bits_of_called_ones(recorded, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.Recorded, "WARM", STEPS)
+    monkeypatch.setattr(device.Recorded, "WARM", STEPS)
     train_all(run := a_run(tmp_path, data, config=replace(TINY, device="cuda")))
     assert differing(final_state(run), recorded) == []
 
@@ -62,7 +62,7 @@ def test_recorded_steps_end_at_the_bits_of_called_ones(recorded, data, tmp_path,
 def test_continuing_on_a_gpu_gives_the_same_bits(stops, recorded, data, tmp_path):
     config = replace(TINY, device="cuda")
     for stop in stops:
-        with pytest.raises(runtime.Interrupted):
+        with pytest.raises(endings.Interrupted):
             train_all(a_run(tmp_path, data, stop, config=config))
     run = a_run(tmp_path, data, config=config)
     train_all(run)
@@ -71,7 +71,7 @@ def test_continuing_on_a_gpu_gives_the_same_bits(stops, recorded, data, tmp_path
 
 def test_a_run_of_the_gpu_continues_on_the_cpu_and_back(data, tmp_path):
     for stop, device in ((4, "cuda"), (6, "cpu"), (18, "cuda"), (12, "cpu")):
-        with pytest.raises(runtime.Interrupted):
+        with pytest.raises(endings.Interrupted):
             train_all(a_run(tmp_path, data, stop, config=replace(TINY, device=device)))
     train_all(run := a_run(tmp_path, data, config=replace(TINY, device="cuda")))
     assert all(torch.isfinite(x).all() for x in final_state(run).values() if torch.is_tensor(x))
@@ -83,13 +83,13 @@ def test_a_run_of_the_gpu_continues_on_the_cpu_and_back(data, tmp_path):
 def test_the_original_recipe_is_recorded_too(codebook, stages, data, tmp_path, monkeypatch):
     """Its codebook has not learned enough in these few steps for maps of more than one code."""
     config, ends = replace(TINY, device="cuda", codebook=codebook, **CLASSIC), []
-    for warm in (runtime.Recorded.WARM, STEPS):
-        monkeypatch.setattr(runtime.Recorded, "WARM", warm)
+    for warm in (device.Recorded.WARM, STEPS):
+        monkeypatch.setattr(device.Recorded, "WARM", warm)
         run = a_run(tmp_path / str(warm), data, config=config)
         for stage in stages:
             train.STAGES[stage](run)
         parts = torch.load(run.path(f"{stages[-1]}_last.pt"), weights_only=True)["parts"]
-        ends.append({k: torch.as_tensor(v) for k, v in runtime._tensors(parts)})
+        ends.append({k: torch.as_tensor(v) for k, v in checkpoints._tensors(parts)})
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
@@ -100,7 +100,7 @@ def test_a_record_has_values_of_its_own_for_other_plain_arguments():
         weight.add_(x * sign)
         return {"sum": weight.sum()}
 
-    recorded, expected = runtime.Recorded(step), 0.0
+    recorded, expected = device.Recorded(step), 0.0
     for number in range(20):
         x, sign = torch.full((3,), float(number), device="cuda"), 1 - 2 * (number % 3 == 0)
         expected += 3 * number * sign

@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 import pytest
 
-import embedded
 from config import Config
-from dataset import SIDE, stable_hash
-from runtime import write_npy_header
+from loading import embedded
+from loading.decoding import SIDE
+from loading.sources import stable_hash
+from support.files import write_npy_header
 
 ROOT = Path(__file__).parent.parent
 # Of the smaller set, of 32 slices each: so many that no measure has to do with fewer.

@@ -14,7 +14,7 @@ from torchmetrics.functional import image as reference
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-import metrics
+from scores import metrics
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 10_000)

@@ -1,16 +1,15 @@
-"""Muon moves kernels as torch's does matrices, and everything else as Adam does."""
+"""Muon moves kernels as torch.optim.Muon moves matrices, and other weights as Adam does."""
 
 import copy
 
 import pytest
 import torch
 
-from optimizers import Muon
+from support.muon import Muon
 
 
 @pytest.mark.parametrize("shape", [(8, 3, 3, 3), (24, 5, 1, 1), (16, 4, 2, 2)])
-def test_kernels_move_as_by_torchs_muon_and_the_rest_as_by_adam(shape):
-    torch.manual_seed(0)  # torch's works in bfloat16: hence 5 % of the length of the way
+def test_kernels_move_as_with_torchs_muon_and_the_rest_as_with_adam(shape):
     network = torch.nn.Sequential(torch.nn.Conv2d(shape[1], shape[0], shape[2:]))
     network.append(torch.nn.Conv2d(shape[0], 1, 1)).to(memory_format=torch.channels_last)
     start = {k: v.detach().clone() for k, v in network.named_parameters()}
@@ -30,14 +29,13 @@ def test_kernels_move_as_by_torchs_muon_and_the_rest_as_by_adam(shape):
         w.detach().flatten(1) - start["0.weight"].flatten(1)
         for w in (network[0].weight, matrix)
     )
-    assert (moved - there).norm() < 0.05 * there.norm()
+    assert (moved - there).norm() < 0.05 * there.norm()  # torch's Muon works in bfloat16
     for name, twin in others.items():
         assert torch.equal(network.get_parameter(name), twin)
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
-def test_all_directions_of_a_step_are_of_nearly_one_length(shape):
-    torch.manual_seed(0)
+def test_a_step_is_nearly_as_long_in_every_direction(shape):
     matrix = torch.randn(shape) * torch.logspace(0, -2, shape[1])
     found = torch.linalg.svdvals(Muon.orthogonal(matrix[None])[0])
     found /= max(1, shape[0] / shape[1]) ** 0.5
@@ -46,8 +44,7 @@ def test_all_directions_of_a_step_are_of_nearly_one_length(shape):
     assert torch.linalg.svdvals(matrix / matrix.norm()).min() < 0.2  # the control
 
 
-def test_kernels_of_one_size_take_the_steps_that_they_take_alone():
-    torch.manual_seed(0)
+def test_a_batch_of_kernels_takes_the_same_steps_as_single_kernels():
     together = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3) for _ in range(3)))
     alone = copy.deepcopy(together)
     optimizers = [Muon(network, 0.01, betas=(0.8, 0.9)) for network in (together, *alone)]
@@ -71,12 +68,12 @@ def test_a_gradient_of_zero_moves_nothing():
     assert all(map(torch.equal, network.parameters(), start))
 
 
-def test_no_value_is_asked_of_the_device(monkeypatch):
-    network = torch.nn.Conv2d(5, 8, 3, device="meta")  # a device that has none
+def test_a_step_needs_no_sync(monkeypatch):
+    network = torch.nn.Conv2d(5, 8, 3, device="meta")  # has no values: reading one fails
     optimizer = Muon(network, 0.01, betas=(0.8, 0.9))
     for weight in network.parameters():
         weight.grad = torch.zeros_like(weight)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # torch's own business
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)  # not under test
     optimizer.step()
     assert network.weight.grad is None
     with pytest.raises((RuntimeError, NotImplementedError)):

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-import evaluation
-import figures
 import modules
 import predict
-import report
-import runtime
-import train
-from config import Config, Parser, add_options, config_from
+from config import Config
 from dataset import PRIVATE, BrainSlices, Data
+from scores import evaluation, figures, report
+from stages.denoiser import make_denoiser
+from stages.stage import COLUMNS
+from support import endings, files
+from support.cli import Parser, add_options, config_from
 
 HOSTILE = "<script>alert(1)</script>.png"
 SECTIONS = {
@@ -60,7 +60,7 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     box = modules.Box(common)
     vqvae = modules.make_vqvae(CONFIG, sharper=True)
     generator = modules.make_generator(CONFIG, box.size)
-    denoiser = modules.make_denoiser(CONFIG)
+    denoiser = make_denoiser(CONFIG)
     draw = torch.Generator().manual_seed(0)
     for network in (vqvae, generator):
         network.eval().requires_grad_(False)
@@ -73,9 +73,9 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     code_map.box = box
     denoiser.fit(code_map, counts)
     folder.mkdir(parents=True)
-    runtime.write_json(folder / "metrics.json", result())
-    runtime.write_json(folder / "config.json", {"config": CONFIG.to_dict()})
-    log = runtime.Log(folder / "log.csv", train.COLUMNS)
+    files.write_json(folder / "metrics.json", result())
+    files.write_json(folder / "config.json", {"config": CONFIG.to_dict()})
+    log = files.Log(folder / "log.csv", COLUMNS)
     log.keep("vqvae", 0)
     for stage in ("vqvae", "dcgan", "denoiser"):
         log.add(stage=stage, nimg=32, loss=0.5, g_loss=1.0, fd_validation=3.0)
@@ -145,7 +145,7 @@ def write_results(folder, rows: list[dict]):
         for name in (tests[0] if tests else {})
     }
     values = {"best": best, "why": "lowest fd_validation", "runs": rows, "test_mean_sd": spread}
-    runtime.write_json(folder / "results.json", values)
+    files.write_json(folder / "results.json", values)
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +318,8 @@ def test_a_report_that_fails_is_a_warning(tmp_path, capsys):
     predict.save_report(tmp_path, None, "cpu")  # no such seed in the folder
     said = capsys.readouterr().err
     assert said.startswith("warning: writing report.html failed") and "seed-0" in said
-    with pytest.raises(runtime.Interrupted), runtime.warning_only("x"):
-        raise runtime.Interrupted(15)
+    with pytest.raises(endings.Interrupted), files.warning_only("x"):
+        raise endings.Interrupted(15)
 
 
 # --- in a browser -------------------------------------------------------------------------

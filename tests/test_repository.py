@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import train
-from config import PRESETS, Config, fields
+from config import PRESETS, Config
 from modules import architecture_table, make_vqvae
+from stages.stage import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
@@ -41,7 +41,7 @@ def test_every_flag_on_a_page_exists(page):
 
 
 def test_the_readme_names_every_file_preset_and_column():
-    for name in [path.name for path in SCRIPTS] + list(PRESETS) + list(train.COLUMNS):
+    for name in [path.name for path in SCRIPTS] + list(PRESETS) + list(COLUMNS):
         assert f"`{name}`" in README, name
 
 

@@ -12,13 +12,13 @@ import safetensors.torch
 import torch
 from test_report import a_run, result
 
-import embedded
-import evaluation
+import dataset
 import predict
-import runtime
-import sharing
 from config import Config, Exit, UserError
 from dataset import PRIVATE
+from loading import embedded
+from scores import evaluation, export
+from support import checkpoints, files
 
 
 @pytest.fixture
@@ -26,19 +26,19 @@ def run(tmp_path):
     run = a_run(tmp_path / "out/seed-0")
     scores = result()
     scores["generation"]["memorised_share"] = {"generated": 0.125, "planted_copies": 1.0}
-    runtime.write_json(run.folder / "metrics.json", scores)
+    files.write_json(run.folder / "metrics.json", scores)
     counts = {"train": 10, "validation": 2, "test": 2}
     report = {
         "source": "embedded set", "root": "/home/somebody", "split": "by subject",
         "skipped": [], "subjects": counts, "slices": counts,
     }  # fmt: skip
-    runtime.write_json(run.folder.parent / "data_report.json", report)
+    files.write_json(run.folder.parent / "data_report.json", report)
     return run
 
 
 def test_an_export_draws_the_same_bits_and_remembers_its_run(run, tmp_path):
     run = replace(run, config=replace(run.config, data="/home/somebody"), stamp=PRIVATE)
-    sharing.export(run, tmp_path / "shared")
+    export.export(run, tmp_path / "shared")
     back = predict.load_run(tmp_path / "shared", "cpu")
     for mine, theirs in zip(run.sample(6, seed=3), back.sample(6, seed=3), strict=True):
         assert torch.equal(mine, theirs) and len(mine.unique()) > 4
@@ -55,8 +55,8 @@ def test_an_export_draws_the_same_bits_and_remembers_its_run(run, tmp_path):
 
 
 def test_the_card_says_whose_data_how_good_and_how_much_is_copied(run, tmp_path):
-    sharing.export(run, tmp_path / "public")
-    sharing.export(replace(run, stamp=PRIVATE), tmp_path / "private")
+    export.export(run, tmp_path / "public")
+    export.export(replace(run, stamp=PRIVATE), tmp_path / "private")
     public, private = (
         (tmp_path / name / "README.md").read_text() for name in ("public", "private")
     )
@@ -76,11 +76,11 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
     for folder in (tmp_path / "thesis", run.folder):
         before = {path: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(UserError, match="holds other files") as problem:
-            sharing.export(run, folder)
+            export.export(run, folder)
         assert problem.value.code == Exit.BUSY
         assert before == {path: path.read_bytes() for path in folder.iterdir()}
-    sharing.export(run, tmp_path / "shared")
-    sharing.export(replace(run, seed=7), tmp_path / "shared")  # an earlier export's may be
+    export.export(run, tmp_path / "shared")
+    export.export(replace(run, seed=7), tmp_path / "shared")  # an earlier export's may be
     assert predict.load_run(tmp_path / "shared").seed == 7
 
 
@@ -116,14 +116,14 @@ def rewrite(path, values):
     path.write_bytes(b"hello" if values is None else safetensors.torch.save(values))
     config = path.with_name("config.json")
     saved = json.loads(config.read_text())
-    config.write_text(json.dumps(saved | {"checksum": runtime.checksum(path)}))
+    config.write_text(json.dumps(saved | {"checksum": checkpoints.checksum(path)}))
 
 
 @pytest.mark.parametrize(
     "harm", [damage_byte, other_tensors, infinite, lost_codes, no_safetensors]
 )
 def test_a_damaged_export_is_refused_and_named(run, tmp_path, harm):
-    sharing.export(run, tmp_path / "shared")
+    export.export(run, tmp_path / "shared")
     harm(tmp_path / "shared/model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors") as problem:
         predict.load_run(tmp_path / "shared")
@@ -133,11 +133,11 @@ def test_a_damaged_export_is_refused_and_named(run, tmp_path, harm):
 def test_a_volume_lies_as_the_head_does(run, tmp_path):
     slices = run.sweep(9)[1]
     predict.write_slices(tmp_path, iter([slices]))
-    sharing.write_volume(tmp_path / "volume.nii.gz", slices, PRIVATE)
+    export.write_volume(tmp_path / "volume.nii.gz", slices, PRIVATE)
     volume = nibabel.load(tmp_path / "volume.nii.gz")
     assert volume.shape == (256, 256, 9) and volume.get_data_dtype() == np.uint8
     assert nibabel.aff2axcodes(volume.affine) == ("R", "A", "S")
-    np.testing.assert_allclose(volume.header.get_zooms(), (1, 1, sharing.HEIGHT_MM / 8))
+    np.testing.assert_allclose(volume.header.get_zooms(), (1, 1, export.HEIGHT_MM / 8))
     assert volume.header.get_xyzt_units()[0] == "mm"
     middle = (np.array(volume.shape) - 1) / 2
     np.testing.assert_allclose(nibabel.affines.apply_affine(volume.affine, middle), 0)
@@ -156,8 +156,8 @@ def test_a_volume_sliced_again_gives_the_slices_back(run, tmp_path):
     ramp = np.linspace(60, 250, 256)[None, :, None] * np.linspace(0.5, 1, 256)
     images = torch.from_numpy(ramp.repeat(6, 0) / 255).float()[:, None]
     images *= torch.from_numpy(draw.uniform(0.9, 1, (6, 1, 1, 1))).float()
-    sharing.write_volume(tmp_path / "volume.nii.gz", images, "")
-    again = predict.read_slices(tmp_path / "volume.nii.gz", Config(slices=6))
+    export.write_volume(tmp_path / "volume.nii.gz", images, "")
+    again = dataset.read_slices(tmp_path / "volume.nii.gz", Config(slices=6))
     assert again.shape == (6, 256, 256)
     for a, b in zip(again.astype(float), images[:, 0].numpy(), strict=True):
         assert np.corrcoef(a.ravel(), b.ravel())[0, 1] > 0.99
@@ -166,4 +166,4 @@ def test_a_volume_sliced_again_gives_the_slices_back(run, tmp_path):
 def test_the_height_of_a_volume_is_that_of_embedded_heads():
     people = (embedded._Person(np.random.default_rng([0, 0, i])) for i in range(3))
     heights = [np.ptp(person.heights(32)) for person in people]
-    assert abs(np.mean(heights) - sharing.HEIGHT_MM) < 8
+    assert abs(np.mean(heights) - export.HEIGHT_MM) < 8

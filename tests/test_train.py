@@ -1,8 +1,6 @@
-"""Training stops anywhere and continues to the same bits; its files survive damage."""
+"""Training stops anywhere and resumes to the same bits; its checkpoints survive damage."""
 
-import copy
 import csv
-import itertools
 import math
 import multiprocessing
 import random
@@ -12,22 +10,34 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import steps
 import torch
 
-import metrics
+import dataset
 import modules
-import runtime
 import train
 from config import PRESETS, Config, Exit, UserError
 from dataset import BrainSlices, Data
+from modules import CodeMap, Crop
+from scores import metrics
+from stages import decoder as decoder_stage
+from stages import denoiser as denoiser_stage
+from stages import stage as stage_module
+from stages.decoder import Decoding, decoder_batch, decoder_step, judge_patches, last_vqvae
+from stages.denoiser import Contrast, add_contrast, denoiser_batch, denoiser_step, make_denoiser
+from stages.index_maps import RealMaps, trained_vqvae
+from stages.losses import random_corner, structural_loss
+from stages.stage import ORDER, Feed, Run, Schedule, Stage, open_seed, order_of, update_average
+from support import checkpoints, device, endings, runs
 
 TINY = Config(
-    codes=16, code_dim=8, widths=(4, 4, 4, 4), batch_size=4, vqvae_kimg=0.052,
-    gan_widths=(16, 4), gan_batch_size=4, gan_kimg=0.052, penalty_every=4, samples=8,
-    ema_kimg=0.02, decoder_kimg=0.052, denoiser_kimg=0.052, device="cpu",
-    decoder_widths=(6, 5),
+    codes=16, code_dim=8, widths=(4, 4, 4, 4), batch_size=4, vqvae_kimg=0.052, revive_every=3,
+    revive_below=99.0, window_px=64, decoder_widths=(6, 5), decoder_kimg=0.052,
+    gan_widths=(16, 4), gan_batch_size=4, gan_kimg=0.052, penalty_every=4, monitor_samples=16,
+    ema_kimg=0.02, denoiser_kimg=0.052, crop_cells=16, samples=8, device="cpu",
 )  # fmt: skip
 STEPS = 13  # of each training stage
+TRAINED = "vqvae", "decoder", "dcgan", "denoiser"
 
 
 def some_data(n: int = 48) -> Data:
@@ -47,7 +57,7 @@ def some_data(n: int = 48) -> Data:
 
 
 class StopAfter:
-    """In place of `runtime.Signals`: a signal that comes after so many steps."""
+    """In place of `endings.Signals`: a signal arrives after so many steps."""
 
     def __init__(self, steps: float = math.inf):
         self.steps = steps
@@ -56,11 +66,11 @@ class StopAfter:
         self.steps -= 1
         if self.steps <= 0:
             save()
-            raise runtime.Interrupted(15)
+            raise endings.Interrupted(15)
 
 
-def a_run(folder, data, stop=math.inf, config=TINY, seed=0) -> train.Run:
-    run = train.open_seed(folder, config, seed, data)
+def a_run(folder, data, stop=math.inf, config=TINY, seed=0) -> Run:
+    run = open_seed(folder, config, seed, data)
     run.signals = StopAfter(stop)
     return run
 
@@ -70,23 +80,25 @@ def train_all(run):
         stage(run)
 
 
-def final_state(run) -> dict:
-    """Everything that continuation must reproduce, times aside."""
+def state_of(run, name: str) -> dict:
+    """All that a resumed stage must reproduce: checkpoints, index maps, rows, without times."""
     state = {}
-    stages = ("vqvae", "decoder", "dcgan", "denoiser")
-    for name in ("codes", *(f"{s}_{w}" for s in stages for w in ("last", "best"))):
-        values = torch.load(run.path(f"{name}.pt"), "cpu", weights_only=True)
-        times = "seconds", "row_seconds"
-        for key in (*times, "vqvae", "codes", "dcgan"):  # the last are checksums over times
+    for file in ("codes",) if name == "codes" else (f"{name}_last", f"{name}_best"):
+        values = torch.load(run.path(f"{file}.pt"), "cpu", weights_only=True)
+        for key in ("seconds", "row_seconds"):
             values.pop(key, None)
-        state |= {f"{name}.{key}": value for key, value in runtime._tensors(values)}
-    state["codes.npy"] = torch.from_numpy(np.load(run.path("codes.npy")).astype(int))
+        state |= {f"{file}.{key}": value for key, value in checkpoints._tensors(values)}
+    if name == "codes":
+        state["codes.npy"] = torch.from_numpy(np.load(run.path("codes.npy")).astype(int))
     with open(run.path("log.csv"), newline="") as file:
-        rows = [row for row in csv.DictReader(file)]
-    for row in rows:
-        del row["seconds"], row["images_per_s"]
-    state["rows"] = rows
+        rows = [row for row in csv.DictReader(file) if row["stage"] == name]
+    times = "seconds", "images_per_s"
+    state["rows"] = [{k: v for k, v in row.items() if k not in times} for row in rows]
     return state
+
+
+def final_state(run) -> dict:
+    return {f"{name}.{k}": v for name in train.STAGES for k, v in state_of(run, name).items()}
 
 
 def differing(a: dict, b: dict) -> list[str]:
@@ -104,53 +116,68 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory):
+def whole(data, tmp_path_factory) -> Run:
+    """A run that was never interrupted. Tests copy what they change."""
     run = a_run(tmp_path_factory.mktemp("whole"), data)
     train_all(run)
     return run
 
 
-@pytest.fixture(scope="module")
-def expected(uninterrupted):
-    return final_state(uninterrupted)
+def without(whole: Run, folder, name: str):
+    """Copy the run `whole` into `folder`, without the files of stage `name`."""
+    seed = shutil.copytree(whole.folder, folder / "seed-0")
+    for path in seed.glob("codes.*" if name == "codes" else f"{name}_*.pt"):
+        path.unlink()
 
 
-# Step 1, mid-epoch, an epoch's end (24 slices, 4 a step), a stage's end; index maps ask once a
-# batch of 64 slices, so 14 is within them. Then the same in stages 3, 4 and 5.
-STOPS = [(1,), (5,), (6, 1), (13,), (14,)]
-STOPS += [(15,), (19, 3), (27,), (28,), (32, 3), (39,), (41,), (46, 4), (53,)]
+# --- exact resume -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stops", STOPS)
-def test_continuing_gives_the_same_bits(stops, data, expected, tmp_path):
+SLOW = pytest.mark.slow
+
+
+# Mid-epoch; an epoch's end (24 slices, 4 a step) and again; step 1; the stage's end.
+@pytest.mark.parametrize(
+    "stops", [(5,), (6, 1), pytest.param((1,), marks=SLOW), pytest.param((13,), marks=SLOW)]
+)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_resumed_stage_ends_at_the_same_bits(name, stops, whole, tmp_path):
+    without(whole, tmp_path, name)
     for stop in stops:
-        with pytest.raises(runtime.Interrupted):
-            train_all(a_run(tmp_path, data, stop))
-    run = a_run(tmp_path, data)
+        with pytest.raises(endings.Interrupted):
+            train.STAGES[name](a_run(tmp_path, whole.data, stop))
+    run = a_run(tmp_path, whole.data)
+    train.STAGES[name](run)
+    assert differing(state_of(run, name), state_of(whole, name)) == []
+
+
+def test_a_run_stopped_in_every_stage_and_between_them_ends_at_the_same_bytes(whole, tmp_path):
+    """The third stop is within the index maps, the second and sixth at the end of a stage."""
+    for stop in (6, 7, 1, 6, 8, 13, 4):
+        with pytest.raises(endings.Interrupted):
+            train_all(a_run(tmp_path, whole.data, stop))
+    run = a_run(tmp_path, whole.data)
     train_all(run)
-    assert differing(final_state(run), expected) == []
+    assert differing(final_state(run), final_state(whole)) == []
+    for name in ("codes.npy", "codes.pt", *(f"{stage}_best.pt" for stage in TRAINED)):
+        assert run.path(name).read_bytes() == whole.path(name).read_bytes(), name
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    data, uninterrupted, tmp_path
-):
-    again, other = (a_run(tmp_path, data, seed=seed) for seed in (0, 1))
-    for run in (again, other):
-        train_all(run)
-    best = (f"{stage}_best.pt" for stage in ("vqvae", "decoder", "dcgan", "denoiser"))
-    for name in ("codes.npy", "codes.pt", *best):
-        wanted = uninterrupted.path(name).read_bytes()
-        assert again.path(name).read_bytes() == wanted, name
-        assert other.path(name).read_bytes() != wanted, name
+@pytest.mark.slow
+def test_another_seed_gives_other_weights_and_maps(whole, tmp_path):
+    other = a_run(tmp_path, whole.data, seed=1)
+    train_all(other)
+    for name in ("codes.npy", "codes.pt", *(f"{stage}_best.pt" for stage in TRAINED)):
+        assert other.path(name).read_bytes() != whole.path(name).read_bytes(), name
 
 
 def train_until_killed(folder, data):
-    train.CHECKPOINT_EVERY_S = 0
+    stage_module.CHECKPOINT_EVERY_S = 0
     train_all(a_run(folder, data))
 
 
 @pytest.mark.slow
-def test_30_kills_at_random_moments_lose_nothing(data, uninterrupted, expected, tmp_path):
+def test_30_kills_at_random_moments_lose_nothing(whole, data, tmp_path):
     # A server without torch's threads forks the processes: they compute as this one does.
     server, draw, seen = multiprocessing.get_context("forkserver"), random.Random(0), set()
     server.set_forkserver_preload(["train"])
@@ -160,31 +187,16 @@ def test_30_kills_at_random_moments_lose_nothing(data, uninterrupted, expected, 
         process.join(timeout=draw.uniform(0.3, 3.0))
         process.kill()
         process.join()
-        with runtime.writing_alone(tmp_path):  # as the next start does
+        with runs.writing_alone(tmp_path):  # as the next start does
             assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name]
         for path in tmp_path.rglob("*.pt"):
-            seen.add((path.name, runtime.load_checkpoint(path).get("nimg")))
-        if kill == 24:  # by now it may be done: once more from the start
+            seen.add((path.name, checkpoints.load_checkpoint(path).get("nimg")))
+        if kill == 24:  # it may be finished by now: once more from the start
             assert ("denoiser_last.pt", STEPS * 4) in seen or len(seen) > 5
             shutil.rmtree(tmp_path / "seed-0")
     run = a_run(tmp_path, data)
     train_all(run)
-    assert differing(final_state(run), expected) == [] and len(seen) > 10
-
-
-def tampered(tmp_path, data, name: str, change) -> dict:
-    """The final state after stage `name` was stopped, its checkpoint changed, and continued."""
-    place = ("vqvae", "decoder", "dcgan", "denoiser").index(name)
-    stop = 5 + place * STEPS + (place > 0)
-    with pytest.raises(runtime.Interrupted):
-        train_all(a_run(tmp_path, data, stop))
-    path = tmp_path / "seed-0" / f"{name}_last.pt"
-    values = runtime.load_checkpoint(path)
-    change(values)
-    runtime.save_checkpoint(path, values)
-    run = a_run(tmp_path, data)
-    train_all(run)
-    return final_state(run)
+    assert differing(final_state(run), final_state(whole)) == [] and len(seen) > 10
 
 
 def forget_optimizers(values):
@@ -210,139 +222,59 @@ def forget_average(values):
 
 @pytest.mark.parametrize(
     ("name", "change"),
+    [(name, change) for name in TRAINED for change in (forget_optimizers, forget_position)]
+    + [(name, forget_average) for name in TRAINED[1:]]
+    + [("vqvae", forget_codebook_sums)],
+)
+def test_the_comparison_finds_what_a_checkpoint_lacks(name, change, whole, tmp_path):
+    """A negative control of the tests above."""
+    without(whole, tmp_path, name)
+    with pytest.raises(endings.Interrupted):
+        train.STAGES[name](a_run(tmp_path, whole.data, 5))
+    path = tmp_path / "seed-0" / f"{name}_last.pt"
+    values = checkpoints.load_checkpoint(path)
+    change(values)
+    checkpoints.save_checkpoint(path, values)
+    run = a_run(tmp_path, whole.data)
+    train.STAGES[name](run)
+    assert differing(state_of(run, name), state_of(whole, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
     [
-        ("vqvae", forget_optimizers), ("dcgan", forget_optimizers),
-        ("vqvae", forget_position), ("dcgan", forget_position),
-        ("vqvae", forget_codebook_sums), ("dcgan", forget_average),
-        ("denoiser", forget_optimizers), ("denoiser", forget_position),
-        ("denoiser", forget_average), ("decoder", forget_optimizers),
-        ("decoder", forget_position), ("decoder", forget_average),
+        ("vqvae", train), ("decoder", decoder_stage), ("dcgan", train),
+        ("denoiser", denoiser_stage),
     ],
 )  # fmt: skip
-def test_the_comparison_sees_what_a_checkpoint_lacks(name, change, data, expected, tmp_path):
-    assert differing(tampered(tmp_path, data, name, change), expected)
-
-
-def test_the_comparison_sees_another_random_sequence(data, expected, tmp_path, monkeypatch):
-    with pytest.raises(runtime.Interrupted):
-        train_all(a_run(tmp_path, data, 5))
+def test_the_comparison_finds_another_random_sequence(
+    name, module, whole, tmp_path, monkeypatch
+):
+    without(whole, tmp_path, name)
+    with pytest.raises(endings.Interrupted):
+        train.STAGES[name](a_run(tmp_path, whole.data, 5))
     real = modules.generator_of
-    monkeypatch.setattr(train, "generator_of", lambda *path: real(*path, 1))
-    run = a_run(tmp_path, data)
-    train_all(run)
-    assert differing(final_state(run), expected)
+    monkeypatch.setattr(module, "generator_of", lambda *path: real(*path, 1))
+    run = a_run(tmp_path, whole.data)
+    train.STAGES[name](run)
+    assert differing(state_of(run, name), state_of(whole, name))
 
 
-def test_training_learns(uninterrupted, expected):
-    losses = [float(r["loss"]) for r in expected["rows"] if r["stage"] == "vqvae"]
-    assert losses[-1] < 0.9 * losses[0]
-    # 13 steps of 4 channels still snap to few codes: what is asked is whether the generator's
-    # own output follows its noise; that the logged number sees a collapse is the next test.
-    gan = train.Gan(uninterrupted)
-    gan.G.load_state_dict(
-        torch.load(uninterrupted.path("dcgan_last.pt"), weights_only=True)["parts"]["G"]
-    )
-    u = gan.G.eval()(torch.randn(8, TINY.noise_dim), torch.full((8,), 0.5))
-    assert train.mean_distance(u.detach()) > 0
+def test_a_finished_run_trains_nothing(whole, data, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in whole.folder.glob("*.pt")}
+    for module in (train, decoder_stage, denoiser_stage):
+        for name in [name for name in vars(module) if name.endswith("_step")]:
+            monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a step"))
+    train_all(a_run(whole.folder.parent, data))
+    assert before == {p: p.stat().st_mtime_ns for p in whole.folder.glob("*.pt")}
 
 
-def test_diversity_is_1_for_real_maps_and_0_after_a_collapse(uninterrupted, monkeypatch):
-    gan = train.Gan(uninterrupted)
-    monitor = train.Monitor(gan)
-    rows = uninterrupted.data.train.rows[train.evenly(len(uninterrupted.data.train), 64)]
-    real = gan.real_maps(rows)
-
-    class Stage:
-        done, step, every = False, 1, 1  # a row without a validation FD
-
-    for maps, diversity in ((real, 1.0), (real[:1].repeat(len(real), 1, 1), 0.0)):
-        monkeypatch.setattr(modules, "draw", lambda *a, maps=maps, **k: (maps, None))
-        assert monitor.measure(Stage)["diversity"] == pytest.approx(diversity, abs=1e-5)
-
-
-def test_samples_get_the_strength_of_detail_of_reconstructions(uninterrupted, monkeypatch):
-    gan, asked = train.Gan(uninterrupted), []
-    contrast = train.Contrast(gan, train.last_vqvae(gan))
-
-    def draw(generator, code_map, vqvae, noise, level, denoiser, autocast):
-        asked.append((level, denoiser))
-        edges = torch.zeros(4, 1, 64, 64)
-        edges[..., ::8] = 0.1 + generator.contrast  # stronger edges with more contrast
-        return None, edges
-
-    gan.average.contrast.fill_(0.13)
-    wanted = metrics.detail_strength(draw(gan.average, *[None] * 6)[1]).mean().item()
-    monkeypatch.setattr(modules, "draw", draw)
-    for detail, gain in ((wanted, 0.13), (1.0, contrast.MOST), (0.0, 0.0)):
-        contrast.wanted = detail
-        contrast.fit(gan.average, "denoiser")
-        assert gan.average.contrast.item() == pytest.approx(gain, abs=0.002)
-    rows = train.evenly(len(uninterrupted.data.train), 128)
-    assert torch.equal(asked[-1][0], gan.levels[rows]) and asked[-1][1] == "denoiser"
-
-
-@pytest.mark.parametrize("denoised", [False, True])
-def test_contrast_waits_for_the_denoiser_if_there_is_one(uninterrupted, monkeypatch, denoised):
-    gan, kept = train.Gan(uninterrupted), []
-    vqvae = train.last_vqvae(gan)  # its file is one of this run's settings
-    monkeypatch.setattr(train, "last_vqvae", lambda gan: vqvae)
-    config = replace(uninterrupted.config, denoiser_kimg=float(denoised))
-    monkeypatch.setattr(gan, "run", replace(uninterrupted, config=config))
-    monitor = train.Monitor(gan)
-    assert (monitor.contrast is None) == denoised
-    if not denoised:
-        monitor.contrast.wanted = 1.0  # more than any sample has
-
-    class Last:
-        done, step, every = True, 1, 1
-
-        def offer(score, alike, generator):
-            kept.append(generator.state_dict()["contrast"].item())
-
-    monitor.measure(Last)
-    assert kept == [0.0 if denoised else pytest.approx(train.Contrast.MOST)]
-    assert gan.G.contrast.item() == kept[0]
-
-
-def test_the_denoiser_of_one_ordered_channel_sees_coordinates(tmp_path):
-    config = replace(TINY, order="pc1", map_channels=1, decoder_kimg=0.0)
-    run = a_run(tmp_path / "run", some_data(), config=config)
-    train_all(run)
-    best = torch.load(run.path("denoiser_best.pt"), weights_only=True)["denoiser"]
-    codebook = train.trained_vqvae(run).quantizer.codebook
-    counts = train.RealMaps(run).counts
-    wanted = modules.CodeMap.fit(codebook, counts, "coordinates", Config.map_channels)
-    torch.testing.assert_close(best["points"][wanted.used] * best["sd"], wanted.points)
-
-
-def test_contrast_is_set_once_for_this_generator_and_denoiser(uninterrupted, monkeypatch):
-    path = uninterrupted.path("denoiser_best.pt")
-    before, values = path.read_bytes(), runtime.load_checkpoint(path)
-    assert 0 <= values["contrast"] <= train.Contrast.MOST
-    train.add_contrast(train.RealMaps(uninterrupted))
-    assert path.read_bytes() == before
-    fitted = []
-    monkeypatch.setattr(train.Contrast, "fit", lambda self, *networks: fitted.append(networks))
-    try:  # another generator: what was set is not its own
-        runtime.save_checkpoint(path, values | {"dcgan": 7})
-        train.add_contrast(train.RealMaps(uninterrupted))
-        dcgan = runtime.checksum(uninterrupted.path("dcgan_best.pt"))
-        assert len(fitted) == 1 and runtime.load_checkpoint(path)["dcgan"] == dcgan
-    finally:
-        path.write_bytes(before)
-
-
-def test_a_finished_run_trains_nothing(uninterrupted, data, monkeypatch):
-    before = {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
-    for stage in ("vqvae", "decoder", "dcgan", "denoiser"):
-        monkeypatch.setattr(train, f"{stage}_step", lambda *_, **__: pytest.fail("a step"))
-    train_all(a_run(uninterrupted.folder.parent, data))
-    assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.folder.glob("*.pt")}
+# --- damage and divergence ----------------------------------------------------------------
 
 
 def test_weights_that_are_not_finite_reach_no_checkpoint(data, tmp_path):
     bad = torch.nn.Linear(3, 1)
-    stage = train.Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": bad})
+    stage = Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": bad})
     stage.save()
     before = stage.last.read_bytes()
     with torch.no_grad():
@@ -356,107 +288,88 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def test_a_cut_checkpoint_falls_back_to_the_one_before(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
-    with pytest.raises(runtime.Interrupted):
-        train_all(a_run(tmp_path, data, 5))
-    cut(tmp_path / "seed-0" / "vqvae_last.pt")
-    with pytest.raises(runtime.Interrupted):
-        train_all(a_run(tmp_path, data, 1))
+def test_a_cut_checkpoint_falls_back_to_the_one_before_and_never_further(
+    data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(stage_module, "CHECKPOINT_EVERY_S", 0)
+    files = [tmp_path / "seed-0" / f"vqvae_{name}.pt" for name in ("last", "prev")]
+    with pytest.raises(endings.Interrupted):
+        train.train_vqvae(a_run(tmp_path, data, 5))
+    cut(files[0])
+    with pytest.raises(endings.Interrupted):
+        train.train_vqvae(a_run(tmp_path, data, 1))
     error = capsys.readouterr().err
     assert "vqvae_last.pt" in error and "continuing from vqvae_prev.pt" in error
     assert len(list((tmp_path / "seed-0").glob("*.damaged-*"))) == 1
-
-
-def test_without_a_usable_checkpoint_nothing_is_overwritten(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
-    with pytest.raises(runtime.Interrupted):
-        train_all(a_run(tmp_path, data, 5))
-    files = [tmp_path / "seed-0" / f"vqvae_{name}.pt" for name in ("last", "prev")]
+    with pytest.raises(endings.Interrupted):
+        train.train_vqvae(a_run(tmp_path, data, 2))
     for path in files:
         cut(path)
     before = [path.read_bytes() for path in files]
     with pytest.raises(UserError) as problem:
-        train_all(a_run(tmp_path, data))
+        train.train_vqvae(a_run(tmp_path, data))
     assert problem.value.code == Exit.CHECKPOINT
     assert all(path.name in str(problem.value) for path in files)
     assert [path.read_bytes() for path in files] == before
 
 
-def test_other_settings_do_not_continue_a_stage(data, tmp_path):
-    with pytest.raises(runtime.Interrupted):
-        train_all(a_run(tmp_path, data, 3))
-    other = Config(**{**TINY.__dict__, "lr": 0.5})
+def test_other_settings_do_not_resume_a_stage(whole):
+    other = replace(TINY, lr=0.5, seed=0)
+    run = Run(whole.folder, other, 0, whole.data, whole.device)
     with pytest.raises(UserError, match=r"lr .*0\.5 here") as problem:
-        train_all(a_run(tmp_path, data, config=other))
+        train.train_vqvae(run)
     assert problem.value.code == Exit.CHECKPOINT
 
 
-@pytest.mark.parametrize("stage", ["vqvae", "decoder", "dcgan", "denoiser"])
-def test_a_nan_ends_training_and_is_in_no_checkpoint(stage, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", 0)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_nan_ends_training_and_is_in_no_checkpoint(name, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_module, "CHECKPOINT_EVERY_S", 0)
+    without(whole, tmp_path, name)
     owner, function = {
-        "vqvae": (train, "reconstruction_loss"), "dcgan": (train, "discriminator_loss"),
-        "denoiser": (modules, "denoising_loss"), "decoder": (train, "judge_patches"),
-    }[stage]  # fmt: skip
+        "vqvae": (train, "loss_of"), "dcgan": (train.Gan, "discriminator_loss"),
+        "denoiser": (denoiser_stage, "denoising_loss"),
+        "decoder": (decoder_stage, "judge_patches"),
+    }[name]  # fmt: skip
     real, calls = getattr(owner, function), []
 
     def poisoned(*arguments):
         value = real(*arguments)
-        calls.extend([1] * torch.is_grad_enabled())  # a step, not a look at validation
+        if name == "vqvae" and callable(value):  # `loss_of` returns the loss
+            return lambda *given: bad(value(*given))
+        return bad(value)
+
+    def bad(value):
+        calls.extend([1] * torch.is_grad_enabled())  # a step, not a validation
         if len(calls) < 7:
             return value
-        if stage == "decoder":
+        if name == "decoder":
             return value | {"g_loss": value["g_loss"] * math.nan}
-        return (value[0] * math.nan, *value[1:]) if stage == "dcgan" else value * math.nan
+        return (value[0] * math.nan, *value[1:]) if name == "dcgan" else value * math.nan
 
     monkeypatch.setattr(owner, function, poisoned)
     with pytest.raises(UserError) as problem:
-        train_all(a_run(tmp_path, data))
+        train.STAGES[name](a_run(tmp_path, whole.data))
     assert problem.value.code == Exit.DIVERGED
-    assert stage in str(problem.value) and "step 7" in str(problem.value)
-    last = runtime.load_checkpoint(tmp_path / "seed-0" / f"{stage}_last.pt")
+    assert name in str(problem.value) and "step 7" in str(problem.value)
+    last = checkpoints.load_checkpoint(tmp_path / "seed-0" / f"{name}_last.pt")
     assert last["nimg"] == 6 * 4
 
 
-def test_maps_are_made_anew_when_damaged(uninterrupted, data, capsys, tmp_path):
-    run = a_run(tmp_path, data)
-    train.train_vqvae(run)
-    train.extract_codes(run)
+def test_damaged_index_maps_are_made_again(whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "seed-0")
+    run = a_run(tmp_path, whole.data)
     good = run.path("codes.npy").read_bytes()
-    damaged = bytearray(good)
-    damaged[-1] ^= 1
-    run.path("codes.npy").write_bytes(damaged)
+    run.path("codes.npy").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"another codes\.npy"):
+        RealMaps(run)
     train.extract_codes(run)
     assert run.path("codes.npy").read_bytes() == good
+    RealMaps(run)
 
 
-def test_index_maps_are_compact_and_counted_over_the_whole_split(uninterrupted, data):
-    maps = np.load(uninterrupted.path("codes.npy"), mmap_mode="r")
-    assert maps.dtype == np.uint16 and maps.shape == (48, 64, 64)
-    counts = runtime.load_checkpoint(uninterrupted.path("codes.pt"))["counts"]
-    for name, split in train.splits(uninterrupted):
-        brute = np.bincount(maps[split.rows].ravel(), minlength=16)
-        assert counts[name].tolist() == brute.tolist()
-
-
-def test_an_order_visits_every_item_once_an_epoch_and_is_cut_anywhere():
-    whole = train.order_of(3, train.ORDER, 10, 0, 35)
-    assert all(sorted(whole[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
-    assert whole[:10].tolist() != whole[10:20].tolist()
-    parts = [train.order_of(3, train.ORDER, 10, start, 7) for start in range(0, 35, 7)]
-    assert np.concatenate(parts).tolist() == whole.tolist()
-
-
-@pytest.mark.parametrize(("slices", "maps"), [(40, 30), (1, 1)])
-def test_a_batch_larger_than_the_data_and_a_batch_of_one(slices, maps, data, tmp_path):
-    config = Config(**{**TINY.__dict__, "batch_size": slices, "gan_batch_size": maps})
-    train_all(a_run(tmp_path, data, config=config))
-
-
-def test_a_collapsed_codebook_is_exit_6_with_a_clear_message(data, tmp_path, monkeypatch):
-    run = a_run(tmp_path, data)
-    train.train_vqvae(run)
+def test_a_collapsed_codebook_is_exit_6_with_a_clear_message(whole, tmp_path, monkeypatch):
+    without(whole, tmp_path, "codes")
+    run = a_run(tmp_path, whole.data)
     monkeypatch.setattr(
         modules.VQVAE, "encode", lambda model, x: torch.full((len(x), 64, 64), 3)
     )
@@ -465,162 +378,148 @@ def test_a_collapsed_codebook_is_exit_6_with_a_clear_message(data, tmp_path, mon
     assert problem.value.code == Exit.DIVERGED and not run.path("codes.pt").exists()
 
 
-@pytest.mark.parametrize("dead", [False, True])
-def test_a_decoder_that_draws_black_slices_is_told(dead, data, tmp_path, capsys, monkeypatch):
-    if dead:
-        monkeypatch.setattr(
-            modules.VQVAE,
-            "decode",
-            lambda model, indices: torch.zeros(len(indices), 1, 256, 256),
-        )
-    train.train_vqvae(a_run(tmp_path, data, config=replace(TINY, vqvae_kimg=0.8)))
-    assert ("learned nothing" in capsys.readouterr().err) == dead
+@pytest.mark.parametrize(("best", "warned"), [(None, True), (-0.2, True), (-0.99, False)])
+def test_a_vqvae_no_better_than_black_slices_is_a_warning(best, warned, data, capsys):
+    train.warn_of_blanks(SimpleNamespace(best=best), data.validation.batch(range(4)))
+    assert ("learned nothing" in capsys.readouterr().err) == warned
 
 
-def test_the_best_changes_for_a_finite_better_score_only(data, tmp_path):
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_collapsed_run_ends_only_if_asked(stop, whole, tmp_path, monkeypatch):
+    real = modules.draw_maps
+    alike = lambda *given: (maps := real(*given))[:1].expand_as(maps)  # noqa: E731
+    monkeypatch.setattr(modules, "draw_maps", alike)
+    without(whole, tmp_path, "dcgan")
+    run = a_run(tmp_path, whole.data, config=replace(TINY, stop_collapsed=stop))
+    if not stop:
+        return train.train_dcgan(run)
+    with pytest.raises(UserError, match=r"collapsed: diversity 0.000 .* seed 0") as problem:
+        train.train_dcgan(run)
+    assert problem.value.code == Exit.DIVERGED
+    last = [row for row in run.log.rows() if row["stage"] == "dcgan"][-1]
+    assert last["diversity"] == 0  # log.csv has it too
+    assert 0.25 < last["nimg"] / 1000 / TINY.gan_kimg < 0.4  # after a quarter, and soon
+
+
+# --- a stage ------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_and_then_falls_as_a_cosine():
+    schedule = Schedule(1000, Config(warm_up=0.05))
+    assert schedule.lr(2.0, 0) == pytest.approx(2.0 / 51)
+    assert schedule.lr(2.0, 500) == pytest.approx(1.0)
+    assert schedule.lr(2.0, 750) == pytest.approx(1 - math.sqrt(0.5))
+    assert schedule.lr(2.0, 999) == pytest.approx(0.02)
+    assert Schedule(1000, Config(schedule="constant")).lr(2.0, 999) == 2.0
+
+
+def test_measurements_are_due_as_often_as_said_and_at_the_end(data, tmp_path):
+    config = replace(TINY, vqvae_kimg=1.6, log_rows=40)
+    stage = Stage(a_run(tmp_path, data, config=config), "vqvae", 1.6, 4, {})
+    due = []
+    for step in range(1, 401):
+        stage.nimg = 4 * step
+        due += [step] * stage.due(10)
+    assert stage.every == 10 and due == list(range(40, 401, 40))
+
+
+def test_the_best_changes_only_for_a_finite_better_score(data, tmp_path):
     model = torch.nn.Linear(1, 1)
-    stage = train.Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": model})
+    stage = Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": model})
     kept = []
     for score in (math.nan, math.inf, 3.0, math.nan, 4.0, -math.inf, 2.0, 2.0):
         stage.offer(score, model=model)
         path = tmp_path / "seed-0/vqvae_best.pt"
-        kept.append(runtime.load_checkpoint(path)["score"] if path.exists() else None)
+        kept.append(checkpoints.load_checkpoint(path)["score"] if path.exists() else None)
     assert kept == [None, None, 3, 3, 3, 3, 2, 2]
 
 
-def test_of_alike_scores_the_later_weights_are_kept_and_the_bar_stays(data, tmp_path):
+def test_within_the_tolerance_later_weights_win_and_the_bar_stays(data, tmp_path):
     model, kept = torch.nn.Linear(1, 1), []
-    stage = train.Stage(a_run(tmp_path, data), "dcgan", 0.052, 4, {"model": model})
+    stage = Stage(a_run(tmp_path, data), "dcgan", 0.052, 4, {"model": model})
     for score in (9.0, 2.0, 2.3, 2.5, 2.35, math.nan, 1.9, 2.27, 2.3):
-        stage.offer(score, alike=1.2, model=model)
-        kept.append(runtime.load_checkpoint(tmp_path / "seed-0/dcgan_best.pt")["score"])
+        stage.offer(score, tolerance=1.2, model=model)
+        kept.append(checkpoints.load_checkpoint(tmp_path / "seed-0/dcgan_best.pt")["score"])
     assert kept == [9, 2, 2.3, 2.3, 2.35, 2.35, 1.9, 2.27, 2.27]
 
 
-def test_patches_are_told_apart_and_the_decoder_hears_what_they_lack(uninterrupted):
-    """Slices beside blurred ones; the decoder's side of it leaves the discriminator alone."""
-    draw = torch.Generator().manual_seed(0)
-    decoding, losses = train.Decoding(uninterrupted, modules.make_vqvae(TINY)), []
-    noise = torch.rand(4, 1, 128, 128, generator=draw)
-    real = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
-    fake = torch.nn.functional.avg_pool2d(real, 3, 1, 1).requires_grad_()
-    for step in range(30):
-        values = train.judge_patches(decoding, real, fake, TINY, step % 4 == 0)
-        losses.append(values["d_loss"].item())
-    assert losses[-1] < 0.5 * losses[0], losses
-    before = [p.grad.clone() for p in decoding.D.parameters()]
-    values["g_loss"].backward()
-    assert all(map(torch.equal, before, (p.grad for p in decoding.D.parameters())))
-    lacking, asked = metrics.high_pass(real - fake).detach(), -fake.grad
-    assert (lacking * asked).sum() > 0.1 * lacking.norm() * asked.norm()
+def test_an_order_has_every_item_once_an_epoch_and_can_be_cut_anywhere():
+    order = order_of(3, ORDER, 10, 0, 35)
+    assert all(sorted(order[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert order[:10].tolist() != order[10:20].tolist()
+    parts = [order_of(3, ORDER, 10, start, 7) for start in range(0, 35, 7)]
+    assert np.concatenate(parts).tolist() == order.tolist()
 
 
-def test_windows_lie_everywhere_in_the_box_and_are_decoded_as_in_the_whole():
-    model = modules.make_vqvae(TINY, sharper=True).eval()
-    maps, common = torch.randint(16, (2, 64, 64)), torch.zeros(64, 64).long()
-    common[:, 16:56] = -1
-    whole, draw, starts = model.decode_raw(maps), torch.Generator().manual_seed(0), set()
-    box, margin = modules.Box(common), train.margin_of(TINY)
-    for _ in range(200):
-        window, cells, corner = train.window_of(whole, maps, box, TINY, draw)
-        starts.add((window[1].start, window[2].start))
-        assert maps[cells].shape == (2, 32 + 2 * margin, 32 + 2 * margin)
-        found = train.window_at(model.decode_raw(maps[cells]), torch.tensor(corner))
-        assert torch.allclose(found, whole[window], atol=1e-6 * whole.abs().max().item())
-    assert {top for top, _ in starts} == set(range(0, 129, 4))
-    assert {left for _, left in starts} == set(range(64, 97, 4))
+def test_rows_kept_on_a_device_are_the_rows_of_the_file(monkeypatch):
+    draw = np.random.default_rng(0)
+    array = draw.integers(0, 255, (3000, 4, 4)).astype(np.uint8)
+    cpu = torch.device("cpu")
+    read = Feed(array, cpu)
+    monkeypatch.setattr(device, "free_memory", lambda place: 2 * array.nbytes)
+    kept = Feed(array, cpu)
+    assert read.kept is None and kept.kept.shape == array.shape
+    rows = draw.integers(0, 3000, 50)
+    assert torch.equal(kept[rows], read[rows]) and np.array_equal(kept[rows], array[rows])
 
 
-def test_what_all_training_maps_share_is_found_and_no_other_map_counts(uninterrupted):
-    maps = np.full((len(uninterrupted.data.images), 64, 64), 5, np.uint16)
-    train_rows = uninterrupted.data.train.rows
-    others = np.setdiff1d(np.arange(len(maps)), train_rows)
-    maps[:, 3, 4] = 9  # in all, and another code than elsewhere
-    maps[train_rows[-1], 20, 30] = maps[train_rows[0], 21, 31] = 65534
-    maps[others, 50, 50] = 7
-    expected = torch.full((64, 64), 5)
-    expected[3, 4], expected[20, 30], expected[21, 31] = 9, -1, -1
-    assert torch.equal(train.common_codes(maps, uninterrupted), expected)
-    whole = replace(uninterrupted, config=replace(TINY, gan_loss="bce"))
-    assert (train.common_codes(maps, whole) == -1).all()
+@pytest.mark.parametrize(("slices", "maps"), [(40, 30), (1, 1)])
+def test_a_batch_larger_than_the_data_and_a_batch_of_one(slices, maps, data, tmp_path):
+    kimg = {f"{name}_kimg": 0.003 for name in ("vqvae", "decoder", "gan", "denoiser")}
+    config = replace(TINY, batch_size=slices, gan_batch_size=maps, **kimg)
+    train_all(a_run(tmp_path, data, config=config))
 
 
-def test_a_run_draws_the_box_of_its_own_maps(uninterrupted):
-    maps = np.load(uninterrupted.path("codes.npy"))[uninterrupted.data.train.rows]
-    box = train.RealMaps(uninterrupted).code_map.box
-    same = torch.from_numpy((maps == maps[0]).all(0))
-    assert torch.equal(box.common >= 0, same) and box.size < (64, 64)
-    assert torch.equal(box.common[same], torch.from_numpy(maps[0].astype(np.int64))[same])
+# --- VQ-VAE and index maps ----------------------------------------------------------------
 
 
-def test_stage_1_sees_no_more_than_heads(data, tmp_path, monkeypatch):
+def test_training_lowers_the_loss(whole):
+    rows = [row for row in whole.log.rows() if row["stage"] == "vqvae"]
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert sum(row["revived"] or 0 for row in rows) > 0  # so resuming was tested with revivals
+
+
+def test_the_crop_holds_every_pixel_that_is_not_black():
+    images = np.zeros((10, 256, 256), np.uint8)
+    images[3, 40, 90] = images[4, 209, 60] = 1  # rows 9 to 53 and columns 14 to 23 of cells
+    images[7] = 255  # not in the training split
+    some = BrainSlices(images, range(5), ["s"] * 5, [np.nan] * 5)
+    assert train.crop_of(some, TINY) == (7, 3, 48, 32)
+    assert train.crop_of(some, replace(TINY, recipe="original")) == Crop()
+    images[4, 0, 255] = 1
+    assert train.crop_of(some, TINY) == (0, 8, 56, 56)
+
+
+def test_outside_the_crop_all_training_maps_are_background(whole):
+    maps = np.load(whole.path("codes.npy"))[whole.data.train.rows]
+    code_map = RealMaps(whole).code_map
+    assert code_map.crop.size < (64, 64)
+    inside = code_map.crop.cut(torch.from_numpy(maps.astype(np.int64)))
+    pasted = code_map.crop.paste(inside, code_map.background)
+    assert np.array_equal(pasted.numpy(), maps)
+
+
+def test_the_vqvae_trains_on_the_crop(data, tmp_path, monkeypatch):
     run, seen = a_run(tmp_path, data), []
 
-    def step(model, optimizer, config, variance, images, corner, quantize):
+    def step(model, optimizer, config, loss, images, corner, quantize):
         seen.append(images.shape)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "vqvae_step", step)
     with pytest.raises(KeyboardInterrupt):
         train.train_vqvae(run)
-    _, down, across = train.heads_in(data.train, run.config)
-    sides = down.stop - down.start, across.stop - across.start
-    assert seen == [(run.config.batch_size, 1, *sides)] and sides < (256, 256)
+    height, width = train.crop_of(data.train, run.config).size
+    assert seen == [(run.config.batch_size, 1, 4 * height, 4 * width)] and height < 64
 
 
-def test_crops_lie_everywhere_in_the_box(uninterrupted, monkeypatch):
-    seen, common = [], torch.zeros(64, 64).long()
-    common[5:60, 10:50] = -1  # rows 4 to 59
-    places = torch.arange(64 * 64).view(1, 64, 64)
-    real = SimpleNamespace(
-        code_map=SimpleNamespace(box=modules.Box(common)), levels=torch.zeros(9),
-        real_maps=lambda rows: places.expand(len(rows), -1, -1),
-    )  # fmt: skip
-
-    def loss(denoiser, maps, *others):
-        seen.append(maps)
-        return torch.zeros(len(maps), requires_grad=True)
-
-    monkeypatch.setattr(modules, "denoising_loss", loss)
-    denoiser = modules.make_denoiser(TINY)
-    sgd = torch.optim.SGD(denoiser.parameters(), lr=0.1)
-    stage = SimpleNamespace(run=uninterrupted, batch_size=16, nimg=0)
-    for stage.step in range(30):
-        batch, start = train.denoiser_batch(denoiser, real, stage)
-        train.denoiser_step(denoiser, sgd, TINY, *batch, start)
-    rows, columns = torch.cat(seen) // 64, torch.cat(seen) % 64
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 59, 10, 49)
-    assert (rows[:, :, :1] == rows).all() and (rows.diff(dim=1) == 1).all()
-    assert (columns[:, :1] == columns).all() and (columns.diff(dim=2) == 1).all()
-
-
-def test_slices_are_trained_on_where_heads_are():
-    images = np.zeros((10, 256, 256), np.uint8)
-    images[3, 40, 90] = images[4, 209, 60] = 1  # cells 10 to 52, and 15 to 22
-    images[7] = 255  # of no training slice
-    some = BrainSlices(images, range(5), ["s"] * 5, [np.nan] * 5)
-    _, down, across = train.heads_in(some, TINY)
-    assert (down, across) == (slice(28, 220), slice(12, 140))
-    assert train.heads_in(some, replace(TINY, reconstruction="mse")) == (...,)
-    images[4, 0, 255] = 1
-    assert train.heads_in(some, TINY)[1:] == (slice(0, 224), slice(32, 256))
-
-
-def test_what_lies_about_a_window_does_not_reach_it():
-    """The margin holds all cells that a pixel depends on, for each preset that trains so."""
-    for preset, upsampling in itertools.product(("quick", "full"), ("nearest", "bilinear")):
-        config = replace(Config(), **PRESETS[preset], upsampling=upsampling)
-        model = modules.make_vqvae(config, sharper=True).eval()
-        for block in model.decoder:  # whose last layers start at zero
-            if isinstance(block, modules.ResidualBlock):
-                torch.nn.init.normal_(block.conv2.weight, std=0.1)
-        maps = torch.randint(config.codes, (1, 64, 64))
-        whole, crop = model.decode_raw(maps), model.decode_raw(maps[:, 10:42, 10:42])
-        margin = train.margin_of(config)
-        for cells, alike in ((margin, True), (margin - 3, False)):
-            edge, inside = 4 * cells, slice(4 * (10 + cells), 4 * (42 - cells))
-            apart = crop[..., edge:-edge, edge:-edge] - whole[..., inside, inside]
-            assert (apart.abs().max() < 1e-5 * whole.abs().max()) == alike, preset
+def test_index_maps_are_compact_and_counted_over_each_split(whole, data):
+    maps = np.load(whole.path("codes.npy"), mmap_mode="r")
+    assert maps.dtype == np.uint16 and maps.shape == (48, 64, 64)
+    counts = checkpoints.load_checkpoint(whole.path("codes.pt"))["counts"]
+    for name in ("train", "validation", "test"):
+        brute = np.bincount(maps[getattr(data, name).rows].ravel(), minlength=16)
+        assert counts[name].tolist() == brute.tolist()
 
 
 def test_level_tables():
@@ -631,46 +530,218 @@ def test_level_tables():
     assert train.level_table(np.array([np.nan], np.float32)).numel() == 0
 
 
-def test_a_collapsed_run_can_be_ended(uninterrupted, tmp_path, monkeypatch):
-    """Samples all alike: without the option training goes on, with it the end says why."""
-    real_draw = modules.draw
-
-    def alike(*arguments, **keywords):
-        maps, images = real_draw(*arguments, **keywords)
-        return maps[:1].expand_as(maps), images
-
-    monkeypatch.setattr(modules, "draw", alike)
-    for stop in (False, True):
-        folder = tmp_path / f"{stop}"
-        shutil.copytree(uninterrupted.folder, folder / "seed-0")
-        for path in folder.glob("seed-0/dcgan_*"):
-            path.unlink()
-        run = a_run(folder, uninterrupted.data, config=replace(TINY, stop_collapsed=stop))
-        if not stop:
-            train.train_dcgan(run)
-            continue
-        with pytest.raises(UserError, match=r"collapsed: diversity 0.000 .* seed 0") as problem:
-            train.train_dcgan(run)
-        assert problem.value.code == Exit.DIVERGED
-        last = run.log.rows()[-1]
-        assert last["stage"] == "dcgan" and last["diversity"] == 0  # the log shows it
-        assert 0.25 < last["nimg"] / 1000 / TINY.gan_kimg < 0.4  # not before, and not late
+# --- DCGAN --------------------------------------------------------------------------------
 
 
-def test_rows_kept_on_a_device_are_the_rows_of_the_file(monkeypatch):
-    draw = np.random.default_rng(0)
-    array = draw.integers(0, 255, (3000, 4, 4)).astype(np.uint8)
-    cpu = torch.device("cpu")
-    read = train.Feed(array, cpu)
-    monkeypatch.setattr(train, "free_memory", lambda device: 2 * array.nbytes)
-    kept = train.Feed(array, cpu)
-    assert read.kept is None and kept.kept.shape == array.shape
-    rows = draw.integers(0, 3000, 50)
-    assert torch.equal(kept[rows], read[rows]) and np.array_equal(kept[rows], array[rows])
+@pytest.mark.parametrize(
+    ("preset", "chosen"), [("quick", "Gan"), ("full", "Gan"), ("classic", "OriginalGan")]
+)
+def test_the_classic_preset_trains_the_original_gan(preset, chosen, monkeypatch):
+    made = []
+
+    class Made(Exception):
+        pass
+
+    for name in ("Gan", "OriginalGan"):
+
+        def make(run, name=name):
+            made.append(name)
+            raise Made
+
+        monkeypatch.setattr(train, name, make)
+    config = replace(Config(preset=preset), **PRESETS[preset])
+    with pytest.raises(Made):
+        train.train_dcgan(SimpleNamespace(config=config))
+    assert made == [chosen]
 
 
-class OtherDevice:
-    """Stands for an autocast of a device that has none."""
+def test_the_original_gan_has_batch_norm_and_bce_and_nothing_else(monkeypatch):
+    small = {"gan_widths": (8, 4), "gan_batch_size": 8, "precision": "float32"}
+    config = replace(Config(preset="classic"), **PRESETS["classic"] | small)
+    monkeypatch.setattr(steps, "CONFIG", config)
+    gan = steps.without_files()
+    gan.__class__ = train.OriginalGan
+    codebook = torch.randn(64, 8)
+    gan.code_map = CodeMap.fit(codebook, gan.counts, "raw", 3, stretched=True)
+    gan.make_networks()
+    assert not gan.penalises and gan.G_optimizer.defaults["betas"] == (0.5, 0.999)
+    kinds = [type(m) for m in gan.D.modules()]
+    assert kinds.count(torch.nn.BatchNorm2d) == 3
+    stage = SimpleNamespace(run=gan.run, batch_size=8, nimg=0, step=0)
+    real, level, noise = gan.batch(stage)
+    assert real.shape == (8, 3, 64, 64) and torch.equal(real[:, 0], real[:, 2])
+    assert len(real.unique()) <= 64  # bin middles, without jitter
+    fake = gan.G(noise, level)
+    loss, score, penalties = gan.discriminator_loss(real, fake, level, penalise=False)
+    other = torch.rand_like(level)  # the level plays no part
+    p, q = (torch.sigmoid(gan.D(u, other)) for u in (real, fake))
+    torch.testing.assert_close(loss, -(p.log().mean() + (1 - q).log().mean()))
+    torch.testing.assert_close(gan.G(noise, other), fake)
+    wanted = -torch.sigmoid(score).log().mean()
+    torch.testing.assert_close(gan.generator_loss(score, None), wanted)
+    assert penalties == {}
+
+
+def test_the_generator_follows_its_noise(whole):
+    gan = train.Gan(whole)
+    parts = torch.load(whole.path("dcgan_last.pt"), weights_only=True)["parts"]
+    gan.G.load_state_dict(parts["G"])
+    u = gan.G.eval()(torch.randn(8, TINY.noise_dim), torch.full((8,), 0.5))
+    assert train.mean_distance(u.detach()) > 0
+
+
+def test_diversity_is_1_for_real_maps_and_0_after_a_collapse(whole, monkeypatch):
+    gan = train.Gan(whole)
+    monitor = train.Monitor(gan)
+    rows = whole.data.train.rows[dataset.evenly(len(whole.data.train), 64)]
+    real, stage = gan.real_maps(rows), SimpleNamespace(due=lambda times: False)
+    for maps, diversity in ((real, 1.0), (real[:1].repeat(len(real), 1, 1), 0.0)):
+        monkeypatch.setattr(modules, "draw_maps", lambda *given, maps=maps: maps)
+        assert monitor.measure(stage)["diversity"] == pytest.approx(diversity, abs=1e-5)
+
+
+# --- contrast -----------------------------------------------------------------------------
+
+
+def test_contrast_gives_samples_the_detail_of_reconstructions(whole, monkeypatch):
+    gan, asked = train.Gan(whole), []
+    contrast = Contrast(gan, last_vqvae(gan))
+
+    def draw(generator, code_map, noise, level, restore):
+        asked.append((level, restore))
+        return generator.contrast.expand(4)
+
+    def decode(gains):  # stronger edges for more contrast
+        edges = torch.zeros(len(gains), 1, 64, 64)
+        edges[..., ::8] = 0.1 + gains[:, None, None, None]
+        return edges
+
+    monkeypatch.setattr(modules, "draw_maps", draw)
+    contrast.vqvae = SimpleNamespace(decode=decode)
+    denoiser = SimpleNamespace(restorer=lambda code_map, autocast: "restore")
+    wanted = metrics.detail_strength(decode(torch.tensor([0.13]))).mean().item()
+    for goal, gain in ((wanted, 0.13), (1.0, contrast.MOST), (0.0, 0.0)):
+        contrast.wanted = goal
+        contrast.fit(gan.average, denoiser)
+        assert gan.average.contrast.item() == pytest.approx(gain, abs=0.002)
+    rows = dataset.evenly(len(whole.data.train), 128)
+    assert torch.equal(asked[-1][0], gan.levels[rows]) and asked[-1][1] == "restore"
+
+
+@pytest.mark.parametrize("denoised", [False, True])
+def test_the_dcgan_fits_contrast_only_if_no_denoiser_follows(whole, monkeypatch, denoised):
+    gan, kept = train.Gan(whole), []
+    vqvae = last_vqvae(gan)  # before the configuration changes
+    monkeypatch.setattr(train, "last_vqvae", lambda gan: vqvae)
+    config = replace(whole.config, denoiser_kimg=float(denoised))
+    monkeypatch.setattr(gan, "run", replace(whole, config=config))
+    monitor = train.Monitor(gan)
+    assert (monitor.contrast is None) == denoised
+    if not denoised:
+        monitor.contrast.wanted = 1.0  # more than any sample has
+
+    def offer(score, tolerance, generator):
+        kept.append(generator.state_dict()["contrast"].item())
+
+    monitor.measure(SimpleNamespace(due=lambda times: True, offer=offer))
+    assert kept == [0.0 if denoised else pytest.approx(Contrast.MOST)]
+    assert gan.G.contrast.item() == kept[0]
+
+
+def test_contrast_is_fitted_once_for_a_generator_and_its_denoiser(whole, monkeypatch):
+    path = whole.path("denoiser_best.pt")
+    before, values = path.read_bytes(), checkpoints.load_checkpoint(path)
+    assert 0 <= values["contrast"] <= Contrast.MOST
+    add_contrast(RealMaps(whole))
+    assert path.read_bytes() == before
+    fitted = []
+    monkeypatch.setattr(Contrast, "fit", lambda self, *networks: fitted.append(networks))
+    try:
+        checkpoints.save_checkpoint(path, values | {"dcgan": 7})  # of another generator
+        add_contrast(RealMaps(whole))
+        dcgan = checkpoints.checksum(whole.path("dcgan_best.pt"))
+        assert len(fitted) == 1 and checkpoints.load_checkpoint(path)["dcgan"] == dcgan
+    finally:
+        path.write_bytes(before)
+
+
+# --- sharper decoder and denoiser ---------------------------------------------------------
+
+
+def test_the_patch_discriminator_learns_and_asks_the_decoder_for_missing_detail(whole):
+    """Slices against blurred ones. The decoder's loss does not move the discriminator."""
+    draw = torch.Generator().manual_seed(0)
+    decoding, losses = Decoding(whole, modules.make_vqvae(TINY)), []
+    noise = torch.rand(4, 1, 64, 64, generator=draw)
+    real = torch.nn.functional.avg_pool2d(noise, 3, 1, 1)
+    fake = torch.nn.functional.avg_pool2d(real, 3, 1, 1).requires_grad_()
+    for step in range(30):
+        values = judge_patches(decoding, real, fake, TINY, step % 4 == 0)
+        losses.append(values["d_loss"].item())
+    assert losses[-1] < 0.5 * losses[0], losses
+    before = [p.grad.clone() for p in decoding.D.parameters()]
+    values["g_loss"].backward()
+    assert all(map(torch.equal, before, (p.grad for p in decoding.D.parameters())))
+    lacking, asked = metrics.high_pass(real - fake).detach(), -fake.grad
+    assert (lacking * asked).sum() > 0.1 * lacking.norm() * asked.norm()
+
+
+PLACES = torch.arange(64 * 64).view(1, 64, 64)
+CROP = Crop(4, 10, 56, 40)
+
+
+def real_of_places(crop: Crop) -> SimpleNamespace:
+    """In place of `RealMaps`: each cell holds its own number."""
+    return SimpleNamespace(
+        code_map=SimpleNamespace(crop=crop),
+        real_maps=lambda rows: PLACES.expand(len(rows), -1, -1),
+    )
+
+
+def test_windows_of_the_decoder_lie_on_cells_everywhere_in_the_crop(whole):
+    pixels = np.arange(256 * 256, dtype=np.int32).reshape(1, 256, 256)
+    slices = Feed(np.broadcast_to(pixels, (48, 256, 256)).copy(), torch.device("cpu"))
+    stage, starts = SimpleNamespace(run=whole, batch_size=4, nimg=0), set()
+    for stage.step in range(300):
+        images, maps, corner, noise = decoder_batch(real_of_places(CROP), slices, stage)
+        assert images.shape == (4, 1, 64, 64) and noise.shape == (2, 4, 1, 64, 64)
+        assert round(images[0, 0, 0, 0].item() * 255) == 256 * corner[0] + corner[1]
+        starts.add(tuple(corner.tolist()))
+    assert {top for top, _ in starts} == set(range(16, 16 + 161, 4))
+    assert {left for _, left in starts} == set(range(40, 40 + 97, 4))
+    assert maps.shape == (4, 64, 64)
+
+
+def test_crops_of_the_denoiser_lie_everywhere_in_the_crop(whole):
+    seen, denoiser = [], make_denoiser(TINY)
+    stage = SimpleNamespace(run=whole, batch_size=16, nimg=0)
+    for stage.step in range(30):
+        (maps, noise, sigma), start = denoiser_batch(denoiser, real_of_places(CROP), stage)
+        assert maps.shape == (16, 16, 16) and noise.shape == (16, 4, 16, 16)
+        assert 0.5 <= sigma.min() <= sigma.max() <= 4 and set(start) <= {0, 1}
+        seen.append(maps)
+    rows, columns = torch.cat(seen) // 64, torch.cat(seen) % 64
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 59, 10, 49)
+    assert (rows[:, :, :1] == rows).all() and (rows.diff(dim=1) == 1).all()
+    assert (columns[:, :1] == columns).all() and (columns.diff(dim=2) == 1).all()
+
+
+def test_after_a_binned_map_the_denoiser_uses_coordinates(tmp_path, data):
+    kimg = {f"{name}_kimg": 0.012 for name in ("vqvae", "gan", "denoiser")}
+    config = replace(TINY, order="pc1", map_channels=1, decoder_kimg=0.0, **kimg)
+    run = a_run(tmp_path / "run", data, config=config)
+    train_all(run)
+    best = torch.load(run.path("denoiser_best.pt"), weights_only=True)["denoiser"]
+    codebook = trained_vqvae(run).quantizer.codebook
+    wanted = CodeMap.fit(codebook, RealMaps(run).counts, "coordinates", Config.map_channels)
+    torch.testing.assert_close(best["points"][wanted.used] * best["sd"], wanted.points)
+
+
+# --- no synchronisation -------------------------------------------------------------------
+
+
+class NoAutocast:
+    """Stands for the autocast of a device that has none."""
 
     def __init__(self, *_, **__):
         pass
@@ -682,47 +753,40 @@ class OtherDevice:
         pass
 
 
-def test_a_step_asks_the_device_for_no_value(uninterrupted, monkeypatch):
+def test_a_step_reads_no_value_from_the_device(whole, monkeypatch):
     """On "meta", where tensors have no values, .item(), nonzero() and the like are errors.
 
-    On a GPU each of them would stop the loop until the GPU has caught up.
+    On a GPU each of them would wait until the GPU has finished.
     """
-    monkeypatch.setattr(torch, "autocast", OtherDevice)
-    monkeypatch.setattr(runtime, "autocast", OtherDevice)
-    meta = torch.device("meta")
-    run = copy.copy(uninterrupted)
-    stage = train.Stage(run, "vqvae", TINY.vqvae_kimg, 4, {})
-    stage.nimg = 0
-    run.device = meta
+    monkeypatch.setattr(torch, "autocast", NoAutocast)
+    meta, sgd = torch.device("meta"), lambda network: torch.optim.SGD(network.parameters())
+    gan, loss = train.Gan(whole), structural_loss(TINY)
+    run = gan.run = replace(whole, device=meta)
+    stage = SimpleNamespace(run=run, batch_size=4, nimg=0, step=0)
     model = modules.make_vqvae(TINY).to(meta)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    slices = train.Feed(run.data.train.images, meta)
-    images = train.unit_range(slices[np.arange(4)])
-    corner = train.corner_of(images, torch.Generator())
-    values, _ = train.vqvae_step(model, optimizer, TINY, 1.0, images, corner, quantize=True)
+    slices = Feed(run.data.train.images, meta)
+    images = dataset.unit_range(slices[np.arange(4)])
+    corner = random_corner(256, 256, TINY.window_px, torch.Generator()).to(meta)
+    given = model, sgd(model), TINY, loss
+    values, _ = train.vqvae_step(*given, images, corner, quantize=True)
     assert values["loss"].device == meta
 
-    run.device = torch.device("cpu")
-    gan = train.Gan(run)
-    run.device = meta
-    decoding = train.Decoding(run, model)
-    decoding.optimizer = torch.optim.SGD(model.decoder.parameters(), lr=0.1)
-    decoding.D_adam = torch.optim.SGD(decoding.D.parameters(), lr=0.1)
+    decoding = Decoding(run, model)
+    decoding.optimizer, decoding.D_adam = sgd(model.decoder), sgd(decoding.D)
     for name in ("G", "D", "average", "code_map"):
         getattr(gan, name).to(meta)
-    gan.maps = train.Feed(gan.maps.array, meta)
-    gan.G_optimizer = torch.optim.SGD(gan.G.parameters(), lr=0.1)
-    gan.D_optimizer = torch.optim.SGD(gan.D.parameters(), lr=0.1)
-    for stage.nimg, penalise in ((0, True), (4, False)):
-        batch = train.decoder_batch(gan, slices, stage)
-        values = train.decoder_step(decoding, TINY, 1.0, *batch, penalise)
-        assert values["g_loss"].device == meta
+    gan.maps = Feed(gan.maps.array, meta)
+    gan.G_optimizer, gan.D_optimizer = sgd(gan.G), sgd(gan.D)
+    for stage.step, penalise in ((0, True), (1, False)):
+        stage.nimg = 4 * stage.step
+        batch = decoder_batch(gan, slices, stage)
+        assert decoder_step(decoding, TINY, loss, *batch, penalise)["g_loss"].device == meta
         values = train.dcgan_step(gan, *gan.batch(stage), penalise)
-        train.update_average(gan.average, gan.G, 4, 4)
+        update_average(gan.average, gan.G, 4, 4)
         assert values["g_loss"].device == meta
-    denoiser = modules.make_denoiser(TINY).to(meta)
-    adam = torch.optim.SGD(denoiser.parameters(), lr=0.1)
-    batch, start = train.denoiser_batch(denoiser, gan, stage)
-    assert train.denoiser_step(denoiser, adam, TINY, *batch, start).device == meta
+    denoiser = make_denoiser(TINY).to(meta)
+    batch, start = denoiser_batch(denoiser, gan, stage)
+    found = denoiser_step(denoiser, sgd(denoiser), TINY, *batch, start)
+    assert found.device == meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         values["g_loss"].item()  # the control

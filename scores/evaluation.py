@@ -1,14 +1,12 @@
-"""How good a finished run is: every score with its reference, as one table and one dict.
+"""Every score of a finished run with its references: one dict for `metrics.json`, one table.
 
-In: a run (`predict.TrainedRun`) and the data that it was trained on. Out: plain values for
-`metrics.json`; what figures need of them. The measures themselves are in `metrics`; here is
-what is compared with what. Of most sets only features are kept, not the slices.
+In: a loaded run (`predict.TrainedRun`) and the data it was trained on. Out: plain values, and
+the features that figures need. The measures are in `metrics`; this file says what is compared
+with what.
 """
 
-import functools
 import hashlib
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,102 +16,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import metrics
-import modules
-import processes
-import runtime
 from config import Config, Exit, UserError
-from dataset import BrainSlices, Data, evenly
+from dataset import BrainSlices, Data
 from modules import generator_of
+from scores import metrics
+from support import checkpoints, device, messages
 
 PART = 128  # slices in memory at a time
-LARGE = 2**22  # bytes of features that stay in memory: some 6,000 slices
-CODEC_SLICES = 128  # test slices that JPEG and WebP are tried on
+NEAREST = 128  # samples whose nearest test slices are searched
 
 
-def handing_back(parts):
-    """A function that yields parts, and after each hands back the memory that it took.
-
-    With what is kept of parts between, memory would creep up, the larger the split.
-    """
-
-    @functools.wraps(parts)
-    def handed_back(*arguments) -> Iterator[Tensor]:
-        for part in parts(*arguments):
-            yield part
-            runtime.release_memory()
-
-    return handed_back
-
-
-@handing_back
-def parts_of(measure, split: BrainSlices) -> Iterator[Tensor]:
-    """`measure` of all slices of a split, a few at a time."""
-    parts = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / PART)))
-    return (measure(split.batch(part)) for part in parts)
-
-
-@handing_back
-def shared_parts(
+def parts_of(
     measure, split: BrainSlices, indices: np.ndarray | None = None
 ) -> Iterator[Tensor]:
-    """`measure` of many slices (or all), in order, by all processes together.
-
-    Each measures a share of every part, and all get the whole.
-    """
+    """`measure` of the slices of a split (or of `indices`), PART slices at a time."""
     indices = np.arange(len(split)) if indices is None else indices
-    n = PART * processes.count()
-    for start in range(0, len(indices), n):
-        rows = indices[start : start + n]
-        mine = rows[processes.share(len(rows))]
-        found = [measure(split.batch(mine))] if len(mine) else []
-        yield torch.cat([part for each in processes.collected(found) for part in each])
+    for start in range(0, len(indices), PART):
+        yield measure(split.batch(indices[start : start + PART]))
 
 
-def in_parts(measure, split: BrainSlices, indices: np.ndarray | None = None) -> Tensor:
-    """The same as one tensor: slices need not fit into memory, what is measured must.
-
-    It is one allocation from the start: small results, kept between large batches that come
-    and go, would leave holes in memory, more of them the larger the split.
-    """
-    n, start, found = len(split) if indices is None else len(indices), 0, None
-    for part in shared_parts(measure, split, indices):
-        if found is None:
-            found = part.new_empty((n, *part.shape[1:]))
-        found[start : start + len(part)] = part
-        start += len(part)
-    return found
-
-
-def on_disk(measure, split: BrainSlices) -> np.ndarray:
-    """`measure`, (B, F) float32, of a whole split: (n, F), above `LARGE` of a nameless file.
-
-    Memory does not grow with the split, whatever its size.
-    """
-    if 4 * len(split) * measure(split.batch([0])).shape[1] <= LARGE:
-        return in_parts(measure, split).numpy()
-    with tempfile.TemporaryFile() as file:
-        for part in shared_parts(measure, split):
-            file.write(part.numpy().tobytes())
-        file.flush()
-        return np.memmap(file, np.float32, "r", shape=(len(split), part.shape[1]))
+def in_parts(measure, split: BrainSlices, indices=None) -> Tensor:
+    """`measure` as one tensor: slices need not fit into memory, features must."""
+    return torch.cat(list(parts_of(measure, split, indices)))
 
 
 # --- learned features ---------------------------------------------------------------------
 
 
 class SliceEncoder(nn.Module):
-    """An autoencoder's encoder: 64 numbers a slice, learned from the training split.
+    """An autoencoder's encoder: 64 features per slice, trained on the training split.
 
-    A second pair of eyes beside `metrics.RandomFeatures`: those see texture wherever it lies,
-    these see where things lie, since slices must be drawn again from 64 numbers. It is not the
-    model under test. Its one more output is the slice level.
+    `metrics.RandomFeatures` capture texture, wherever it lies. These capture layout, since 64
+    numbers must suffice to draw the slice again. A further output is the slice level. It is
+    not part of the model under test.
     """
 
-    VERSION = 1  # raise it when its networks or their training change
+    VERSION = 1  # raise it if the network or its training changes
     SIZE = 64
     BATCH, LR = 32, 2e-3
-    IMAGES = 24_000  # seen in training, or 8 passes where the split is small
+    IMAGES = 24_000  # seen in training; 8 passes if the split is small
 
     def __init__(self):
         super().__init__()
@@ -136,7 +77,7 @@ class SliceEncoder(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def loss(self, x: Tensor, level: Tensor) -> Tensor:
-        """x (B, 1, 256, 256), level (B,), NaN where unknown: squared errors, ()."""
+        """Squared errors () of x (B, 1, 256, 256) and of level (B,), NaN if unknown."""
         code = self.down(F.avg_pool2d(x, 2))  # (B, 64)
         drawn = F.mse_loss(self.up(code).float(), F.avg_pool2d(x, 4))
         known = level.isfinite()
@@ -145,13 +86,13 @@ class SliceEncoder(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """(N, 1, 256, 256) -> (N, 65): 64 features, and the level that the slice looks like."""
+        """(N, 1, 256, 256) -> (N, 65): 64 features, and the predicted slice level."""
         codes = [self.down(F.avg_pool2d(part, 2)) for part in x.split(32)]
         return torch.cat([torch.cat([code, self.level(code)], 1) for code in codes])
 
 
 def slice_encoder(data: Data, cache: Path) -> SliceEncoder:
-    """The encoder of this training split, trained on first use and kept in `cache`."""
+    """The encoder of this training split: trained on first use, kept in `cache`."""
     people = hashlib.sha256(data.train.rows.tobytes()).hexdigest()[:8]
     path = cache / f"encoder-{data.fingerprint}-{people}.pt"
     expected = {"stage": "encoder", "version": SliceEncoder.VERSION, "data": data.fingerprint}
@@ -159,15 +100,15 @@ def slice_encoder(data: Data, cache: Path) -> SliceEncoder:
         torch.manual_seed(0)
         encoder = SliceEncoder()
     try:
-        values = runtime.load_checkpoint(path, **expected)
-        return runtime.load_weights(encoder, values.get("encoder"), path).eval()
+        values = checkpoints.load_checkpoint(path, **expected)
+        return checkpoints.load_weights(encoder, values.get("encoder"), path).eval()
     except UserError as problem:
         if path.exists():
-            runtime.warn(f"{problem}; training it again")
+            messages.warn(f"{problem}; training it again")
     train_encoder(encoder, data.train)
-    runtime.release_memory()
+    device.release_memory()
     cache.mkdir(parents=True, exist_ok=True)
-    runtime.save_checkpoint(path, expected | {"encoder": encoder.state_dict()})
+    checkpoints.save_checkpoint(path, expected | {"encoder": encoder.state_dict()})
     return encoder.eval()
 
 
@@ -176,10 +117,10 @@ def train_encoder(encoder: SliceEncoder, train: BrainSlices):
     optimizer = torch.optim.Adam(encoder.parameters(), lr=encoder.LR, fused=True)
     rule = torch.optim.lr_scheduler.OneCycleLR(optimizer, encoder.LR, total_steps=steps)
     levels = torch.from_numpy(train.levels)
-    for step in runtime.progress(range(steps), total=steps, label="encoder for scores"):
+    for step in messages.progress(range(steps), total=steps, label="encoder for scores"):
         draw = generator_of(0, step)
         rows = torch.randint(len(train), (encoder.BATCH,), generator=draw)
-        with runtime.autocast(torch.device("cpu"), "auto"):
+        with device.autocast(torch.device("cpu"), "auto"):
             loss = encoder.loss(train.batch(rows), levels[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -189,17 +130,18 @@ def train_encoder(encoder: SliceEncoder, train: BrainSlices):
 
 # --- reconstruction -----------------------------------------------------------------------
 
+
 IMAGE_MEASURES = {
-    "ssim": metrics.ssim,
+    "ssim": metrics.reported_ssim,
     "ssim_in_brain": metrics.ssim_in_brain,
-    "ms_ssim": metrics.ms_ssim,
+    "ms_ssim": metrics.reported_ms_ssim,
     "psnr_db": metrics.psnr,
     "psnr_in_brain_db": metrics.psnr_in_brain,
 }
 
 
 def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
-    """Scores of every test slice, mean and sd; and of the codebook that made them."""
+    """Mean and sd of each score over all test slices; and scores of the codebook."""
     used = set()
 
     def measure(images: Tensor) -> Tensor:
@@ -208,18 +150,13 @@ def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
         return torch.stack([f(images, outputs) for f in IMAGE_MEASURES.values()], 1)
 
     values = dict(zip(IMAGE_MEASURES, in_parts(measure, test).T, strict=True))  # (n,) each
-    used = set().union(*processes.collected(used))
     result = {
         name: {"mean": value.mean().item(), "sd": value.std(correction=0).item()}
         for name, value in values.items()
     }
     result |= {"n": len(test), "share_above_0.6": (values["ssim"] > 0.6).float().mean().item()}
     fixed, entropy = metrics.bits_per_pixel(run.counts.numpy(), run.config.codes)
-    images = test.batch(evenly(len(test), CODEC_SLICES))
-    own = metrics.ssim(images, run.reconstruct(images)[1]).mean().item()
-    result["at_equal_bits"] = {"n": len(images), "codes": {"ssim": own, "bpp": fixed}}
-    result["at_equal_bits"] |= metrics.jpeg_webp_at(images, fixed)
-    total = modules.perplexity(run.counts)
+    total = metrics.perplexity(run.counts)
     codebook = {
         "codes": run.config.codes,
         "used": int((run.counts > 0).sum()),
@@ -240,28 +177,26 @@ KINDS = ("generated", "reconstruction", "real")  # what is scored, and its refer
 
 @dataclass
 class Described:
-    """What is kept of one set of n slices."""
+    """Features of one set of n slices."""
 
     features: np.ndarray  # (n, 176) of random convolutions
     fine: np.ndarray  # (n, 176) of the same, of the slice minus its 5x5 mean
     learned: np.ndarray  # (n, 64) of the encoder
-    level_seen: np.ndarray  # (n,) the level that the slice looks like
+    level_seen: np.ndarray  # (n,) predicted slice level
     spectrum: Tensor | None = None  # (R,) dB
-    codes: tuple = ()  # histograms: codes (K,), horizontal pairs, vertical pairs (K, K)
     pairs: float = math.nan  # mean MS-SSIM of random pairs
-    wasserstein: float = math.nan  # sliced, to "train"
 
 
 def slices_compared(config: Config, data: Data) -> int:
-    """n, slices of each kind: as many as asked for, or as the smallest set has."""
+    """n, slices of each kind: --samples, or as many as the smallest set has."""
     return min(config.samples, len(data.test), len(data.validation), len(data.train) // 2)
 
 
 class Scorer:
-    """The sets that are compared, described: n slices of each kind.
+    """Features of the sets that are compared, n slices of each kind.
 
     train, real: two disjoint random draws of training slices. reconstruction: of `real`.
-    generated. validation, test: people whom the networks have not seen.
+    generated. validation, test: unseen people.
     """
 
     def __init__(self, run, data: Data):
@@ -269,27 +204,23 @@ class Scorer:
         self.n = n = slices_compared(run.config, data)
         self.random = metrics.RandomFeatures()
         cache = Path(run.config.cache)
-        self.encoder = processes.first_then_all(lambda: slice_encoder(data, cache))
+        self.encoder = slice_encoder(data, cache)
         order = np.random.default_rng(0).permutation(len(data.train))
         self.rows = {"train": order[:n], "real": order[n : 2 * n]}
         other = np.random.default_rng(1)
         self.rows["validation"] = other.permutation(len(data.validation))[:n]
         self.rows["test"] = other.permutation(len(data.test))[:n]
         self.units = self.unit_of_each(order[: 4 * n])
-        self.train_images = data.train.batch(self.rows["train"])
-        self.sets = {"train": self.seen(self.train_images, run.encode(self.train_images))}
-        again = data.train.batch(self.rows["real"])
-        maps, outputs = run.reconstruct(again)
-        self.sets["real"] = self.describe(again, maps)
-        del again
-        self.sets["reconstruction"] = self.describe(outputs, maps)
-        del outputs
+        self.sets = {"train": self.describe(data.train.batch(self.rows["train"]))}
+        real = data.train.batch(self.rows["real"])
+        self.sets["real"] = self.describe(real)
+        self.sets["reconstruction"] = self.describe(run.reconstruct(real)[1])
         for name, split in (("validation", data.validation), ("test", data.test)):
             self.sets[name] = self.features_of(split.batch(self.rows[name]))
-        # Copies of any training slice are looked for, not only of those in "train".
+        # Copies of any training slice count, not only of those in "train".
         self.all_train = {
-            "features": on_disk(self.random.features, data.train),
-            "learned": on_disk(self.learned, data.train),
+            "features": in_parts(self.random.features, data.train).numpy(),
+            "learned": in_parts(self.learned, data.train).numpy(),
         }
         self.near_training = {of: {} for of in self.all_train}
         for name in ("validation", "test", "real", "reconstruction"):
@@ -297,11 +228,11 @@ class Scorer:
         self.draw(run)
 
     def draw(self, run):
-        """Make n slices of `run` the generated ones."""
-        maps, images = run.sample(self.n)
+        """Set n samples of `run` as the generated set."""
+        images = run.sample(self.n)[1]
         self.level_asked, self.conditional = run.noise(self.n)[1], run.conditional
-        self.first = images[:CODEC_SLICES].clone()
-        self.sets["generated"] = self.describe(images, maps)
+        self.first = images[:NEAREST].clone()
+        self.sets["generated"] = self.describe(images)
         self.measure_nearest("generated")
 
     def measure_nearest(self, name: str):
@@ -313,7 +244,7 @@ class Scorer:
         return self.encoder.features(images)[:, :-1]
 
     def unit_of_each(self, pool: np.ndarray) -> dict[str, float]:
-        """The units of relative FD: distance of random draws of n training slices."""
+        """The units of relative FD: mean distance of random draws of n training slices."""
         kinds = {
             "features": self.random.features,
             "fine": self.random.fine_features,
@@ -333,29 +264,20 @@ class Scorer:
             level_seen=learned[:, -1],
         )
 
-    def seen(self, images: Tensor, maps: Tensor) -> Described:
-        """A set alone: features, spectrum, codes."""
-        K, found = self.run.config.codes, self.features_of(images)
+    def describe(self, images: Tensor) -> Described:
+        """`features_of`, with spectrum and pairs."""
+        found = self.features_of(images)
         found.spectrum = metrics.radial_spectrum(images)
-        counts = torch.bincount(maps.flatten().cpu(), minlength=K).numpy()
-        found.codes = (counts, *metrics.code_pairs(maps, K))
-        return found
-
-    def describe(self, images: Tensor, maps: Tensor) -> Described:
-        """The same, and what its slices are to each other and to "train"."""
-        found = self.seen(images, maps)
         found.pairs = metrics.ms_ssim_of_pairs(images)
-        found.wasserstein = metrics.sliced_wasserstein(self.train_images, images)["mean"]
         return found
 
-    # Each score is a dict: what was scored -> number. "generated" is the result, the others
-    # are references.
+    # Each score is a dict: set -> number. "generated" is the result, the others are references.
 
     def each(self, measure, *kinds: str) -> dict[str, float]:
         return {kind: float(measure(self.sets[kind])) for kind in kinds or KINDS}
 
     def fd(self, of: str, against: str, unseen: bool = False) -> dict[str, float]:
-        """Relative FD of each kind; unseen: that of test slices is the honest mark."""
+        """Relative FD of each kind; unseen: also of test slices, the mark to compare with."""
 
         def measure(found: Described) -> float:
             target = getattr(self.sets[against], of)
@@ -367,16 +289,16 @@ class Scorer:
         return result
 
     def overlap(self, of: str) -> dict[str, dict[str, float]]:
-        """Precision, recall, density, coverage: measure -> kind -> number."""
+        """Precision, recall, coverage: measure -> kind -> number."""
         target = getattr(self.sets["train"], of)
         kinds = {k: metrics.prdc(target, getattr(self.sets[k], of)) for k in KINDS}
-        names = ("precision", "recall", "density", "coverage")
+        names = ("precision", "recall", "coverage")
         return {name: {k: values[name] for k, values in kinds.items()} for name in names}
 
     def classifier(self) -> dict[str, float]:
-        """Held-out AUC of telling training slices from others, folds by subject.
+        """Held-out AUC of training slices against others, folds by subject.
 
-        Nothing where all training slices are of one subject, or no fold has both sides.
+        Empty if all training slices are of one subject, or no fold has both sides.
         """
         subjects = {k: self.data.train.subjects[self.rows[k]] for k in ("train", "real")}
         groups = {"generated": None, "reconstruction": subjects["real"]}
@@ -393,8 +315,8 @@ class Scorer:
     def memorised(self, of: str) -> dict[str, float]:
         """Share nearer to a training slice than 95 % of unseen people's slices are.
 
-        Controls: "planted_copies" are training slices, at distance 0. A decoder cannot draw
-        those; the best copies that it can draw are "reconstruction"s of training slices.
+        Controls: "planted_copies" are training slices (distance 0); "reconstruction"s of
+        training slices are the best copies that the decoder can draw.
         """
         near = self.near_training[of]
         kinds = {"generated": "generated", "reconstruction": "reconstruction"}
@@ -405,28 +327,15 @@ class Scorer:
         }
 
     def spectrum(self) -> dict[str, float]:
-        """Mean difference of radial power spectra to training slices, up to their noise."""
+        """Mean difference of power spectra from training slices, up to their noise floor."""
         train = self.sets["train"].spectrum
         end = max(9, metrics.noise_floor(train))
         return self.each(lambda s: metrics.spectrum_difference(train, s.spectrum, end))
 
-    def codes(self) -> dict[str, dict[str, float]]:
-        """Total variation between code histograms, and between those of neighbours."""
-        names = ("code_tv", "code_pairs_tv_horizontal", "code_pairs_tv_vertical")
-        train = self.sets["train"].codes
-        return {
-            name: self.each(
-                lambda s, i=i: metrics.total_variation(train[i], s.codes[i]),
-                "generated",
-                "real",
-            )
-            for i, name in enumerate(names)
-        }
-
     def level_error(self) -> dict[str, float]:
-        """Mean distance of the level that a slice looks like from the one that it has.
+        """Mean error of the predicted slice level, over slices of known level.
 
-        Of slices whose level is known; a generator without levels is not scored.
+        A generator without levels is not scored.
         """
         data = {"validation": self.data.validation, "test": self.data.test}
         asked = {name: split.levels[self.rows[name]] for name, split in data.items()}
@@ -443,8 +352,8 @@ class Scorer:
         return result
 
     def near_test(self) -> dict[str, float]:
-        """Mean, over 128 slices, of the highest SSIM among the 8 nearest test slices."""
-        real = self.data.validation.batch(self.rows["validation"][:CODEC_SLICES])
+        """Mean of the highest SSIM among the 8 nearest test slices, over 128 slices."""
+        real = self.data.validation.batch(self.rows["validation"][:NEAREST])
         kinds = {"generated": self.first, "real": real}
         return {
             kind: metrics.ssim_to_nearest(
@@ -478,15 +387,12 @@ def score_generation(scorer: Scorer) -> dict:
         **s.overlap("features"),
         **{f"learned_{name}": row for name, row in s.overlap("learned").items()},
     }
-    for name, of in (("kid_train", "features"), ("learned_kid_train", "learned")):
-        train = getattr(s.sets["train"], of)
-        result[name] = s.each(lambda x, of=of, train=train: metrics.kid(getattr(x, of), train))
+    train = s.sets["train"].features
+    result["kid_train"] = s.each(lambda x: metrics.kid(x.features, train))
     if classifier := s.classifier():
         result["c2st_auc"] = classifier
     result["spectrum_db"] = s.spectrum()
-    result["sliced_wasserstein"] = s.each(lambda x: x.wasserstein)
     result["ms_ssim_of_pairs"] = s.each(lambda x: x.pairs)
-    result |= s.codes()
     if level := s.level_error():
         result["level_error"] = level
     result["memorised_share"] = s.memorised("features")
@@ -497,14 +403,14 @@ def score_generation(scorer: Scorer) -> dict:
 
 
 def evaluate(run, data: Data) -> tuple[dict, Scorer]:
-    """Every score of a run, as plain values; see README, "How quality is measured"."""
+    """Every score of a run as plain values (docs/quality.md), and the sets behind them."""
     if data.fingerprint != run.fingerprint:
         raise UserError(
             Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
         )
     reconstruction, codebook = score_reconstruction(run, data.test)
     scorer = Scorer(run, data)
-    runtime.release_memory()
+    device.release_memory()
     result = {
         "seed": run.seed,
         "stamp": run.stamp,
@@ -512,11 +418,12 @@ def evaluate(run, data: Data) -> tuple[dict, Scorer]:
         "codebook": codebook,
         "generation": score_generation(scorer),
     }
-    result["peak_memory_mb"] = round(runtime.peak_memory_mb())
+    result["peak_memory_mb"] = round(device.peak_memory_mb())
     return result, scorer
 
 
 # --- the table ----------------------------------------------------------------------------
+
 
 IMAGE_LABELS = {
     "ssim": "SSIM",
@@ -536,61 +443,48 @@ LABELS = {
     "fine_fd_reconstruction": "fine-scale relative FD to reconstructions",
     "precision": "precision, k = 5",
     "recall": "recall, k = 5",
-    "density": "density, k = 5",
     "coverage": "coverage, k = 5",
     "learned_precision": "precision, k = 5, encoder",
     "learned_recall": "recall, k = 5, encoder",
-    "learned_density": "density, k = 5, encoder",
     "learned_coverage": "coverage, k = 5, encoder",
     "kid_train": "KID to training slices",
-    "learned_kid_train": "KID to training slices, encoder",
     "c2st_auc": "classifier's AUC, real against this",
     "spectrum_db": "power spectrum, mean difference in dB",
-    "sliced_wasserstein": "sliced Wasserstein distance of patches",
     "ms_ssim_of_pairs": "MS-SSIM of 1,000 random pairs",
-    "code_tv": "codes, total variation",
-    "code_pairs_tv_horizontal": "pairs of codes side by side, the same",
-    "code_pairs_tv_vertical": "pairs of codes one above the other, the same",
     "level_error": "slice level, mean error",
     "memorised_share": "memorised share (0.05 is chance)",
     "learned_memorised_share": "memorised share, encoder",
     "ssim_to_nearest_test_slice": "SSIM to nearest test slice",
 }
-
-# How to read each, in a sentence; "learned_..." is read as the same measure without it.
+# How to read each score. "learned_..." is read like the same score without that prefix.
 READING = {
-    "ssim": "1 is the original; two unrelated brains reach 0.70, so small differences count.",
-    "ssim_in_brain": "The same without the black background, which anybody can draw.",
-    "ms_ssim": "The same at five scales: 1 is the original, layout weighs more than grain.",
-    "psnr_db": "Higher is nearer; 6 dB more is half the error.",
-    "psnr_in_brain_db": "The same without the black background.",
-    "fd_train": "1 is another draw of real training slices; unseen people are the honest mark.",
-    "fd_validation": "Lower is better, 1 is the least to expect; this score chooses the run.",
-    "fd_test": "The same against people who played no part in training or choice.",
-    "fine_fd_train": "Grain, edges, blur: samples cannot have what reconstructions lack.",
-    "fine_fd_reconstruction": "The generator's own share of that: 1 would be none.",
-    "precision": "The share of samples that lie among real slices; as high as the real ones.",
-    "recall": "The share of real slices that lie among samples; low means too little variety.",
-    "density": "How deep inside the real slices samples lie; 1 is as deep as real ones.",
-    "coverage": "The share of real slices with a sample nearby; as high as the real ones.",
-    "kid_train": "0 is no difference; it can fall a little below by chance.",
+    "ssim": "1 is the original. Two unrelated brains reach 0.70, so small differences count.",
+    "ssim_in_brain": "Without the black background, which is easy to draw.",
+    "ms_ssim": "SSIM at five scales: layout weighs more than grain.",
+    "psnr_db": "Higher is better; 6 dB more is half the error.",
+    "psnr_in_brain_db": "PSNR without the black background.",
+    "fd_train": "1 is another draw of real training slices. Compare with unseen people.",
+    "fd_validation": "Lower is better; 1 is the least to expect. This score chooses the run.",
+    "fd_test": "Against people who were not used in training or selection.",
+    "fine_fd_train": "Grain, edges, blur. Samples cannot have what reconstructions lack.",
+    "fine_fd_reconstruction": "The generator's own share of it: 1 means none.",
+    "precision": "Share of samples that lie among real slices; compare with real.",
+    "recall": "Share of real slices that lie among samples; low means little variety.",
+    "coverage": "Share of real slices with a sample nearby; compare with real.",
+    "kid_train": "0 is no difference. It may be slightly negative by chance.",
     "c2st_auc": "0.5: a classifier cannot tell them from real slices; 1: it always can.",
-    "spectrum_db": "0 is equal detail at every scale; blur and grain both raise it.",
-    "sliced_wasserstein": "Lower is better: how differently small patches look.",
-    "ms_ssim_of_pairs": "To be as in real slices; higher: samples resemble each other.",
-    "code_tv": "0 is equal use of every code, 1 is none in common.",
-    "code_pairs_tv_horizontal": "The same for neighbours: are codes beside the right ones?",
-    "code_pairs_tv_vertical": "The same from top to bottom.",
-    "level_error": "How far a slice looks from the height that was asked for, of a whole of 1.",
-    "memorised_share": "0.05 is chance; far more means copies of training slices.",
-    "ssim_to_nearest_test_slice": "As near as real unseen slices is right, nearer is not.",
+    "spectrum_db": "0 is equal detail at every scale. Blur and grain both raise it.",
+    "ms_ssim_of_pairs": "Should equal that of real slices; higher means samples are alike.",
+    "level_error": "Error of the slice level, on a scale from 0 (lowest) to 1 (highest).",
+    "memorised_share": "0.05 is chance. Far more means copies of training slices.",
+    "ssim_to_nearest_test_slice": "Should equal that of unseen real slices; higher: copies.",
 }
 
 
 def generation_rows(generation: dict) -> list[tuple[str, list[str]]]:
     """Name and four cells (generated, reconstruction, real, unseen people) of every score.
 
-    A cell is "" where there is no such reference.
+    A cell is "" if there is no such reference.
     """
     kinds, rows = (*KINDS, "unseen_people"), []
     for name in LABELS:
@@ -607,10 +501,7 @@ def table(result: dict) -> str:
     lines = [f"reconstruction, {r['n']} test slices, mean (sd):"]
     for name, label in IMAGE_LABELS.items():
         lines.append(f"  {label:<26} {r[name]['mean']:8.4f} ({r[name]['sd']:.4f})")
-    codecs = {k: v for k, v in r["at_equal_bits"].items() if k != "n"}
-    shown = ", ".join(f"{k} {v['ssim']:.4f} ({v['bpp']:.3f})" for k, v in codecs.items())
     lines += [
-        f"  SSIM at equal bits (bits per pixel), {r['at_equal_bits']['n']} slices: {shown}",
         f"codebook: {c['used']} of {c['codes']} used, perplexity {c['perplexity']:.1f}, "
         f"{c['bits_per_pixel']:.3f} bits per pixel",
         f"generation, {g['n']} slices of each kind:",

@@ -1,14 +1,13 @@
-"""results.json of a folder: a row for each of its runs, the best of them, mean and sd.
+"""results.json of a folder: one row per run, the best run, mean and sd of test scores.
 
-In: the metrics.json of each seed. Validation chooses; test scores are only reported. Knows
-nothing of networks and data.
+In: the metrics.json of each seed. Validation chooses; test scores are only reported.
 """
 
 import math
 import statistics
 from pathlib import Path
 
-import runtime
+from support import checkpoints, files
 
 SCORE = (
     "fd_validation"  # chooses the best run: relative FD to validation slices, lower is better
@@ -16,16 +15,16 @@ SCORE = (
 
 
 def row_of(folder: Path, seed: int, n: int) -> dict:
-    """A row for one seed, from its metrics.json if it has one.
+    """The row of one seed, from its metrics.json if there is one.
 
-    n: slices of each kind that runs are compared by. FD at another n is another unit, so what
-    was scored with another is not finished.
+    n: slices of each kind. FD at another n has another unit, so a run that was scored with
+    another n counts as unfinished.
     """
     path = folder / f"seed-{seed}" / "metrics.json"
     if not path.exists():
         return diverged(folder, seed) or {"status": "unfinished"}
-    metrics = runtime.read_json(path)
-    with runtime.reading(path):
+    metrics = files.read_json(path)
+    with checkpoints.reading(path):
         scored = metrics["generation"]["n"]
         if scored != n:
             return {"status": "unfinished", "why": f"scored with {scored} slices, not {n}"}
@@ -33,7 +32,7 @@ def row_of(folder: Path, seed: int, n: int) -> dict:
 
 
 def scored_row(metrics: dict) -> dict:
-    """A row from the scores of a run, as they are in its metrics.json."""
+    """The row of a run, from the values of its metrics.json."""
     r, g = (metrics[name] for name in ("reconstruction", "generation"))
     test = {name: r[name]["mean"] for name in ("ssim", "ssim_in_brain", "psnr_db")}
     names = ("fd_test", "fd_train", "coverage", "recall", "ms_ssim_of_pairs")
@@ -45,7 +44,7 @@ def scored_row(metrics: dict) -> dict:
 
 
 def diverged(folder: Path, seed: int) -> dict | None:
-    """The row of a seed that diverged before: it would do so again."""
+    """The row of a seed that diverged before, and would diverge again; else None."""
     if not (folder / "results.json").exists():
         return None
     row = rows_in(folder).get(seed, {})
@@ -55,29 +54,29 @@ def diverged(folder: Path, seed: int) -> dict | None:
 def rows_in(folder: Path) -> dict[int, dict]:
     """Seed -> its row, as results.json has it. Raises UserError (exit 4) if it has none."""
     path = folder / "results.json"
-    with runtime.reading(path):
-        rows = {row.pop("seed"): row for row in runtime.read_json(path)["runs"]}
+    with checkpoints.reading(path):
+        rows = {row.pop("seed"): row for row in files.read_json(path)["runs"]}
         for row in rows.values():
             del row["folder"], row["rank"]
     return rows
 
 
 def ranks(rows: dict[int, dict]) -> dict[int, int]:
-    """Place of each run that came through with a finite validation score, 1 for the lowest."""
+    """Rank of each finished run by its finite validation score, 1 for the lowest."""
     scores = {s: r["validation"][SCORE] for s, r in rows.items() if r["status"] == "done"}
     finite = sorted((s for s in scores if math.isfinite(scores[s])), key=scores.get)
     return {seed: place for place, seed in enumerate(finite, 1)}
 
 
 def choose(rows: dict[int, dict]) -> int | None:
-    """The seed of the lowest finite validation score among the runs that came through."""
+    """The seed of the finished run with the lowest finite validation score."""
     return next(iter(ranks(rows)), None)
 
 
 def write(folder: Path, rows: dict[int, dict], seeds: range | None = None):
-    """results.json: all runs, the best of them by validation, mean and sd of test scores.
+    """Write results.json: all runs, the best one by validation, mean and sd of test scores.
 
-    seeds: those that the folder is finished with, of all `rows` unless said.
+    seeds: the folder is finished if these are [all of `rows`].
     """
     best, places = choose(rows), ranks(rows)
     done = {s: r for s, r in rows.items() if r["status"] == "done"}
@@ -86,7 +85,7 @@ def write(folder: Path, rows: dict[int, dict], seeds: range | None = None):
         values = [r["test"][name] for r in done.values()]
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
         spread[name] = {"mean": statistics.fmean(values), "sd": sd}
-    runtime.write_json(
+    files.write_json(
         folder / "results.json",
         {
             "best": None if best is None else f"seed-{best}",

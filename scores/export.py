@@ -1,8 +1,8 @@
-"""What leaves the project: a finished run as a folder to share, a level sweep as a volume.
+"""Export a finished run as a folder to share, or a level sweep as a volume.
 
-In: a run (`predict.TrainedRun`). Out: a folder that `predict.load_run` takes as it takes the
-run's own: `model.safetensors` (networks and code map: numbers alone), `config.json`, a model
-card `README.md`, `example.png`. Or slices as a NIfTI file, which opens in any viewer.
+In: a loaded run (`predict.TrainedRun`). Out: a folder that `predict.load_run` can load:
+`model.safetensors` (networks and code map), `config.json`, a model card `README.md`,
+`example.png`. Or slices as a NIfTI file for any viewer.
 """
 
 import gzip
@@ -15,21 +15,20 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import evaluation
-import figures
-import runtime
 from config import Config, Exit, UserError
+from scores import evaluation, figures
+from support import checkpoints, files
 
 WEIGHTS, EXAMPLE = "model.safetensors", "example.png"
 FILES = {WEIGHTS, "config.json", "README.md", EXAMPLE}
-CODES = {"used", "points", "common", "levels", "counts"}
+CODES = {"used", "points", "crop", "background", "levels", "counts"}
 HEIGHT_MM = 112  # between a head's lowest and highest slice: the mean of embedded subjects
 
 # --- a folder to share --------------------------------------------------------------------
 
 
 def export(run, folder: Path):
-    """Write `run` to `folder`; config.json, without which nothing loads, comes last.
+    """Write `run` to `folder`. config.json comes last: without it, nothing loads.
 
     Raises UserError: exit 5 if the folder holds something else, 4 if the run has no scores yet.
     """
@@ -41,23 +40,21 @@ def export(run, folder: Path):
         for part, state in states_of(run).items()
         for name, tensor in state.items()
     }
-    with runtime.replacing(folder / WEIGHTS) as temporary:
+    with files.replacing(folder / WEIGHTS) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors))
-    runtime.write_text(folder / "README.md", card)
-    with runtime.replacing(folder / EXAMPLE) as temporary:
+    files.write_text(folder / "README.md", card)
+    with files.replacing(folder / EXAMPLE) as temporary:
         sheet = figures.grid(run.sample(8, seed=1)[1][:, 0].numpy(), columns=4)
         temporary.write_bytes(figures.png(sheet))
-    here = Config()  # where things were on this machine is nobody's business
+    here = Config()  # paths of this machine are private
     config = replace(run.config, data=here.data, out=here.out, cache=here.cache, seed=run.seed)
     values = {"config": config.to_dict(), "data": run.fingerprint, "stamp": run.stamp}
-    values["checksum"] = runtime.checksum(folder / WEIGHTS)
-    runtime.write_json(folder / "config.json", values)
+    values["checksum"] = checkpoints.checksum(folder / WEIGHTS)
+    files.write_json(folder / "config.json", values)
 
 
 def states_of(run) -> dict[str, dict[str, Tensor]]:
-    codes = {"used": run.code_map.used, "points": run.code_map.points}
-    codes |= {"common": run.code_map.box.common}
-    codes |= {"levels": run.levels, "counts": run.counts}
+    codes = {**run.code_map.saved(), "levels": run.levels, "counts": run.counts}
     states = {
         "vqvae": run.vqvae.state_dict(),
         "generator": run.generator.state_dict(),
@@ -69,10 +66,10 @@ def states_of(run) -> dict[str, dict[str, Tensor]]:
 def load(folder: Path) -> dict[str, dict]:
     """The inverse: {"vqvae", "generator", "denoiser", "codes"} -> name -> tensor.
 
-    Raises UserError (exit 4) unless the file is whole and the one that config.json speaks of.
+    Raises UserError (exit 4) unless the file is whole and belongs to config.json.
     """
     path = folder / WEIGHTS
-    if runtime.read_json(folder / "config.json").get("checksum") != runtime.checksum(path):
+    if files.read_json(folder / "config.json").get("checksum") != checkpoints.checksum(path):
         raise UserError(Exit.CHECKPOINT, f"{path} is damaged, or of another config.json")
     parts = {"vqvae": {}, "generator": {}, "denoiser": {}, "codes": {}}
     try:
@@ -97,20 +94,21 @@ def check_free(folder: Path):
 
 # --- its card -----------------------------------------------------------------------------
 
+
 EMBEDDED_LICENCE = """\
 The training data are derived from the ICBM 2009a nonlinear symmetric template (Copyright (C)
 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
 University; free to use and distribute with this notice)."""
 PRIVATE_LICENCE = """\
-The networks were trained on somebody's scans. If those are of OASIS, its data-use agreement
-holds for these files as well: publish no image, slice, table or trained network made from it.
+The networks were trained on a user's own scans. For OASIS, the data-use agreement also covers
+these files: publish no image, slice, table or trained network made from it.
 Cite Marcus et al. 2007 for OASIS-1, LaMontagne et al. 2019 for OASIS-3."""
 
 
 def model_card(run) -> str:
-    """README.md of an export: what it is, its data, scores, memorisation, licence."""
-    result = runtime.read_json(run.folder / "metrics.json")
-    data = runtime.read_json(run.folder.resolve().parent / "data_report.json")
+    """README.md of an export: model, data, scores, memorisation, licence."""
+    result = files.read_json(run.folder / "metrics.json")
+    data = files.read_json(run.folder.resolve().parent / "data_report.json")
     g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
     near, learned = g["memorised_share"], g["learned_memorised_share"]
     numbers = near["generated"], learned["generated"], near["planted_copies"]
@@ -128,10 +126,10 @@ def model_card(run) -> str:
         for name, cells in evaluation.generation_rows(g)
     )
     stamp = f"**{run.stamp}**\n\n" if run.stamp else ""
-    and_denoiser = ", and a denoiser that makes their cells fit together" * bool(run.denoiser)
+    and_denoiser = ", and a denoiser that corrects neighbouring cells" * bool(run.denoiser)
     made_up = (
-        "\nFine texture is what slices look like, not what one had, in reconstructions too: the"
-        "\ndecoder learned it beside a discriminator, and no index map holds it."
+        "\nFine texture is typical, not true, in reconstructions too: the decoder learned it"
+        "\nfrom a discriminator, and no index map holds it."
     ) * (run.config.decoder_kimg > 0)
     licence = PRIVATE_LICENCE if run.stamp else EMBEDDED_LICENCE
     return f"""# Brain MRI slices from a codebook: VQ-VAE and DCGAN
@@ -141,7 +139,7 @@ def model_card(run) -> str:
 A VQ-VAE with {c["codes"]} codes, a DCGAN that draws its index maps{and_denoiser}:
 axial slices of 256x256 of people who do not exist. Preset `{run.config.preset}`, seed
 {run.seed}; every setting is in
-`config.json`. `{WEIGHTS}` holds numbers alone: a stranger's file runs no code.
+`config.json`. `{WEIGHTS}` holds only numbers: loading it runs no code.
 
 ```python
 from predict import load_run
@@ -150,7 +148,7 @@ run = load_run("this folder")
 maps, brains = run.sample(8, seed=1)  # {EXAMPLE}: (8, 1, 256, 256) in [0, 1]
 ```
 
-No basis for any medical judgement: nothing that a sample shows was seen in anybody.{made_up}
+Not for medical use: samples show nobody.{made_up}
 
 ## Data
 
@@ -162,7 +160,7 @@ Source: {data["source"]}; split {data["split"]}; {len(data["skipped"])} files sk
 
 ## Scores
 
-{g["n"]} slices of each kind; unseen people are real slices of others.
+{g["n"]} slices of each kind; unseen people are real slices of other subjects.
 
 | generation | generated | reconstructions | real | unseen people |
 | --- | --- | --- | --- | --- |
@@ -189,9 +187,9 @@ Source: {data["source"]}; split {data["split"]}; {len(data["skipped"])} files sk
 def write_volume(path: Path, slices: Tensor, note: str):
     """A sweep of axial slices (n, 1, 256, 256), lowest first, as NIfTI: uint8 (256, 256, n).
 
-    RAS, its origin in the middle. A slice begins at the front and at the patient's right, so
-    that both axes are turned. A pixel is 1 mm, as in volumes that the project slices; the n
-    levels spread over the height of a head.
+    RAS, origin in the middle. A slice begins at the front and at the patient's right, so both
+    axes are flipped. A pixel is 1 mm, as in decoded volumes. The n levels are spread over the
+    height of a head.
     """
     pixels = figures.as_bytes(slices[:, 0].numpy())  # (n, rows, columns)
     voxels = pixels[:, ::-1, ::-1].transpose(2, 1, 0)  # (right, anterior, superior)
@@ -201,5 +199,5 @@ def write_volume(path: Path, slices: Tensor, note: str):
     image = nibabel.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm")
     image.header["descrip"] = note.encode("ascii", "replace")[:79]
-    with runtime.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         temporary.write_bytes(gzip.compress(image.to_bytes(), mtime=0))

@@ -1,8 +1,7 @@
-"""Muon, the optimiser of the convolutions' kernels, and the choice between it and Adam.
+"""Muon, the optimizer of convolution kernels, and the choice between Muon and Adam.
 
-In: a network, its gradients. Out: a step. A kernel's gradient is mostly a few directions, taken
-again and again; Muon takes all of them equally far. EXPERIMENTS.md, section 2, has what that
-is worth.
+A few directions dominate a kernel's gradient. Muon moves equally far in all directions.
+docs/experiments.md measures the gain.
 """
 
 import torch
@@ -10,15 +9,15 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Adam):
-    """Adam; but a step of a convolution's kernel is its momentum, made orthogonal.
+    """Muon for convolution kernels (Jordan et al. 2024), Adam for all other weights.
 
-    Jordan et al. 2024 (kellerjordan.github.io/posts/muon), whose Newton-Schulz iteration brings
-    the singular values of a matrix (the kernel's first axis by the rest) near to 1: directions
-    that gradients seldom take move as far as the frequent ones. A kernel of one row has one
-    direction: Adam's, like biases and gains. (torch.optim.Muon takes matrices alone.)
+    A kernel's step is its momentum, made orthogonal: a Newton-Schulz iteration brings the
+    singular values of the matrix (first axis by the rest) near 1, so rare directions move as
+    far as frequent ones. A kernel with one row has one direction and stays with Adam.
+    Source: kellerjordan.github.io/posts/muon. (torch.optim.Muon accepts only matrices.)
     """
 
-    RATIO = 6.0  # a kernel's step in units of lr, by its singular values
+    RATIO = 6.0  # singular values of a kernel's step, in units of lr
     QUINTIC = 3.4445, -4.7750, 2.0315  # coefficients of x, x^3, x^5
 
     def __init__(self, network: nn.Module, lr: float, betas, momentum: float = 0.95):
@@ -33,13 +32,13 @@ class Muon(torch.optim.Adam):
         kernels, alike = self.param_groups[0], {}
         for kernel in kernels["params"]:
             state, grad = self.state[kernel], kernel.grad
-            if not state:  # under the names that Adam looks for
+            if not state:  # with Adam's names, which checkpoints hold
                 state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(grad)}
             momentum = state["exp_avg"].lerp_(grad, 1 - self.momentum)
             matrix = grad.lerp(momentum, self.momentum).flatten(1)
             alike.setdefault(matrix.shape, []).append((kernel, matrix))
-            kernel.grad = None  # so that Adam leaves it alone
-        for some in alike.values():  # of one size, at once: small products wait for launches
+            kernel.grad = None  # Adam skips weights without a gradient
+        for some in alike.values():  # one batch per size: launches cost more than the products
             those, matrices = zip(*some, strict=True)
             for kernel, way in zip(those, self.orthogonal(torch.stack(matrices)), strict=True):
                 kernel.sub_(way.view(kernel.shape) * kernels["lr"], alpha=self.RATIO)
@@ -47,22 +46,22 @@ class Muon(torch.optim.Adam):
 
     @classmethod
     def orthogonal(cls, matrices: Tensor) -> Tensor:
-        """Each (m, n) = U S V^T of (B, m, n) -> nearly U V^T, times sqrt(m / n) where m > n."""
+        """Map each (m, n) = U S V^T of (B, m, n) to about U V^T, times sqrt(m / n) if m > n."""
         m, n = matrices.shape[1:]
         if m > n:
             return cls.orthogonal(matrices.mT).mT * (m / n) ** 0.5
         x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        gram = x @ x.mT  # (B, m, m): small products
-        whole = factor = cls.quintic(gram)  # x would become factor @ x
+        gram = x @ x.mT  # (B, m, m), the smaller side
+        whole = factor = cls.quintic(gram)  # stands for x = factor @ x
         for _ in range(4):
-            gram = factor @ gram @ factor  # of what x would have become
+            gram = factor @ gram @ factor  # the Gram matrix of the new x
             factor = cls.quintic(gram)
             whole = factor @ whole
         return whole @ x
 
     @classmethod
     def quintic(cls, gram: Tensor) -> Tensor:
-        """a + b G + c G^2, of each G = X X^T (B, m, m): times X, the quintic of X."""
+        """Return a + b G + c G^2 for each G = X X^T (B, m, m); times X: the quintic of X."""
         a, b, c = cls.QUINTIC
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
@@ -72,7 +71,7 @@ class Muon(torch.optim.Adam):
 def make_optimizer(
     network: nn.Module, name: str, lr: float, betas: tuple[float, float], momentum: float = 0.95
 ) -> torch.optim.Optimizer:
-    """The optimiser that `Config.optimizer` names. momentum: Muon's, of kernels."""
+    """Return the optimizer that `Config.optimizer` names. momentum: only for Muon's kernels."""
     if name == "muon":
         return Muon(network, lr, betas, momentum)
     return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, fused=True)

@@ -1,9 +1,10 @@
-"""Several processes that train one run, as `torchrun` starts them; alone, nothing of it acts.
+"""Distributed training, started by torchrun. No-ops in a single process.
 
-Every process holds the same weights and its own even share of each batch. What the whole batch
-must decide (gradients, codebook statistics, BatchNorm's moments, scores) is reduced over all of
-them; what exists once (files, messages) is the first one's. Data order and noise are functions
-of the position in the whole batch, so that N processes compute what one does.
+Every process holds the same weights and an even share of each batch. Sums over the whole batch
+(gradients, codebook statistics, BatchNorm moments, validation scores) are reduced over all
+processes. The first process alone writes files and messages, and computes the final scores.
+Data order and noise depend only on the position in the whole batch, so N processes compute
+what one computes.
 """
 
 import contextlib
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 
 from config import Exit, UserError
 
-PATIENCE = datetime.timedelta(hours=2)  # of those who wait while the first decodes the data
+# The others wait while the first process decodes data or computes scores, which takes hours for
+# large sets. A dead process closes its connection, and that ends the wait without a timeout.
+PATIENCE = datetime.timedelta(days=30)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Be one of the processes that torchrun started; alone without it."""
+    """Join the processes that torchrun started; do nothing without it."""
     started = dist.is_available() and dist.is_torchelastic_launched()
     if not started or int(os.environ["WORLD_SIZE"]) == 1:
         yield
@@ -31,18 +34,18 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     yield
-    dist.destroy_process_group()  # after a failure the others see the connection close
-    # Gloo's threads live on, and one that lets go of the last tensor while the interpreter ends
-    # aborts the process (github.com/pytorch/pytorch/issues/190489): give it the time before.
+    dist.destroy_process_group()  # after a failure the others notice the closed connection
+    # Gloo's threads live on. If one frees the last tensor while the interpreter ends, the
+    # process aborts (github.com/pytorch/pytorch/issues/190489): let it finish before.
     time.sleep(0.1)
 
 
 class Told(UserError):
-    """An error of the first process, which has said so, in another one."""
+    """In the other processes: an error of the first process, which has printed it already."""
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if _is_joined() else 1
 
 
@@ -51,22 +54,22 @@ def _is_joined() -> bool:
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return this process's number, from 0."""
     return dist.get_rank() if _is_joined() else 0
 
 
 def local() -> int:
-    """The number of this process on its machine, and of the GPU that is its own."""
+    """Return this process's number on its machine; it is also the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process writes the files and messages."""
     return rank() == 0
 
 
 def share(n: int) -> slice:
-    """This process's part of range(n), in the order of ranks."""
+    """Return this process's part of range(n); the parts are in rank order."""
     return slice(n * rank() // count(), n * (rank() + 1) // count())
 
 
@@ -75,7 +78,7 @@ def share(n: int) -> slice:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """A process that waits for one that has ended ends, too: exit 143."""
+    """Exit 143 if another process has ended while this one waits for it."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -83,20 +86,20 @@ def _together() -> Iterator[None]:
     except RuntimeError as problem:
         raise UserError(
             Exit.TERMINATED,
-            "this process could not reach the others; one that has ended says why in its own "
-            "message. The last checkpoint is whole; the same command continues. Cause: "
+            "this process could not reach the others; the one that ended says why. The last "
+            "checkpoint is intact; the same command continues. Cause: "
             + str(problem).partition("\n")[0],
         ) from problem
 
 
 def sum_(*tensors: Tensor):
-    """Replace tensors, of one dtype, by their sums over the processes: one message for all."""
+    """Replace tensors of one dtype by their sums over the processes, in one message."""
     if count() > 1:
         _reduce(tensors, 1)
 
 
 def mean_(*tensors: Tensor):
-    """The same for the mean."""
+    """Replace tensors of one dtype by their means over the processes, in one message."""
     if count() > 1:
         _reduce(tensors, count())
 
@@ -114,20 +117,20 @@ def _reduce(tensors: tuple[Tensor, ...], divisor: int):
 
 
 def average_gradients(module: nn.Module, *values: Tensor):
-    """Gradients of the whole batch's mean loss, from each share's; and mean `values`."""
+    """Replace gradients and `values` by their means over the processes, in one message."""
     gradients = (p.grad for p in module.parameters() if p.grad is not None)
     mean_(*gradients, *(v.detach() for v in values))
 
 
 def gathered(x: Tensor) -> Tensor:
-    """All processes' rows of x (n, ...), in the order of ranks; n may differ."""
+    """Concatenate all processes' rows of x (n, ...) in rank order; n may differ."""
     if count() == 1:
         return x
     return torch.cat([part.to(x.device) for part in collected(x.cpu())])
 
 
 def collected(value) -> list:
-    """What each process has as `value`, in the order of ranks."""
+    """Return the `value` of every process, in rank order."""
     if count() == 1:
         return [value]
     values = [None] * count()
@@ -137,16 +140,16 @@ def collected(value) -> list:
 
 
 def agreed(flag: bool) -> bool:
-    """Whether any process says so: all act alike after it."""
+    """Whether the flag is set in any process; all processes get the same answer."""
     if count() == 1:
         return flag
-    flags = torch.tensor(float(flag))  # on the CPU: the GPU need not be waited for
+    flags = torch.tensor(float(flag))  # on the CPU, to avoid a sync
     sum_(flags)
     return bool(flags > 0)
 
 
 def first(call: Callable):
-    """What `call` returns in the first process alone, for all; or its UserError, for all."""
+    """Run `call` in the first process only; return its value, or raise its error, in all."""
     if count() == 1:
         return call()
     outcome, mine = [None, None], None
@@ -164,14 +167,14 @@ def first(call: Callable):
 
 
 def first_alone(call: Callable):
-    """What `call` returns in the first process, None in the others; its UserError for all."""
+    """Like `first`, but the other processes get None. The value need not be picklable."""
     mine = []
     first(lambda: mine.append(call()))
     return mine[0] if mine else None
 
 
 def first_then_all(call: Callable):
-    """`call` in the first process, which may write files, and then in those that read them."""
+    """Run `call` in the first process, which may write files, then in those that read them."""
     mine = first_alone(call)
     return mine if is_first() else call()
 
@@ -180,7 +183,7 @@ def first_then_all(call: Callable):
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over the processes; gradients come from every process's use of it."""
+    """Mean over the processes, with gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -196,7 +199,7 @@ class _Mean(torch.autograd.Function):
 
 
 class SharedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm with the moments of the whole batch (torch's SyncBatchNorm wants a GPU)."""
+    """BatchNorm with the moments of the whole batch (torch's SyncBatchNorm needs a GPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -216,7 +219,7 @@ class SharedBatchNorm(nn.BatchNorm2d):
 
 
 def share_batch_norm(module: nn.Module):
-    """Let every BatchNorm in `module` see the whole batch; parameters and state stay."""
+    """Replace every BatchNorm in `module` by SharedBatchNorm; weights and statistics stay."""
     if count() > 1:
         for part in module.modules():
             if type(part) is nn.BatchNorm2d:

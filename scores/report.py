@@ -1,28 +1,29 @@
-"""One page on a results folder: report.html, one file that opens from disk, without a network.
+"""What a finished run shows: the figures in its folder, and report.html of a results folder.
 
-In: a results folder, its best run (`predict.TrainedRun`, or None if none came through) and the
-data. Out: the page as text. What stands where is in `report.html.jinja` beside this file; here
-are the values that it shows. Names of files are somebody else's: the template escapes them all.
+In: a loaded run (`predict.TrainedRun`, or None if every run failed) and the data. Out: PNGs;
+the page as text, one file that opens from disk without a network. `report.html.jinja` says what
+stands where; this file gives the values. File names come from users: the template escapes them.
 """
 
 import base64
 import shlex
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from sklearn.decomposition import PCA
 from torch import Tensor
 
-import evaluation
-import figures
-import metrics
-import modules
-import runtime
-from config import PRESETS, Config, flags
+from config import PRESETS, Config
 from dataset import Data, evenly
+from scores import evaluation, figures, metrics
+from scores.evaluation import Scorer
+from support import files
+from support.cli import flags
 
 SAMPLES = 24  # in the grid; each brings its nearest training slice with it
 FRAMES = {"sweep": 32, "walk": 24}
@@ -32,13 +33,12 @@ CODES = 64
 PATCH_PX = 12  # a code's cell of 4 pixels in the middle, and a cell on each side
 PATCH_SLICES = 32  # test slices over which patches are averaged
 SKIPPED = 100  # files listed; data_report.json has all
-
 LABELS = evaluation.IMAGE_LABELS | evaluation.LABELS
 
 
 def page(folder: Path, run, data: Data) -> str:
-    """The whole page on the results.json in `folder`; `run` is the best one, or None."""
-    results = runtime.read_json(folder / "results.json")
+    """The page of a results folder as text. run: the best one, or None."""
+    results = files.read_json(folder / "results.json")
     shown = {
         "name": folder.resolve().name,
         "stamp": data.stamp,
@@ -66,36 +66,35 @@ def page(folder: Path, run, data: Data) -> str:
 
 
 def ranked(rows: list[dict]) -> list[dict]:
-    """Rows of results.json, the best first; those without a rank keep their order behind."""
+    """Rows of results.json, the best first, those without a rank last."""
     return sorted(rows, key=lambda row: (row.get("rank") is None, row.get("rank")))
 
 
 def scores_of(run) -> dict:
-    """The tables of one run's metrics.json, and what its headline says."""
-    result = runtime.read_json(run.folder / "metrics.json")
+    """The tables of one run's metrics.json, and its headline."""
+    result = files.read_json(run.folder / "metrics.json")
     g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
     generation = [(LABELS[n], cells, reading(n)) for n, cells in evaluation.generation_rows(g)]
     reconstruction = [
         (label, f"{r[name]['mean']:.3f}", f"{r[name]['sd']:.3f}", reading(name))
         for name, label in evaluation.IMAGE_LABELS.items()
     ]
-    codecs = {name: r["at_equal_bits"][name.lower()] for name in ("JPEG", "WebP")}
     return {
         "folder": run.folder.name, "headline": headline(g, r), "n": g["n"],
         "generation": generation, "test_slices": r["n"], "reconstruction": reconstruction,
-        "codecs": codecs, "codebook": c,
+        "codebook": c,
     }  # fmt: skip
 
 
 def reading(name: str) -> str:
-    """How to read a score, in a sentence."""
+    """How to read a score: one sentence."""
     if name.startswith("learned_"):
-        return "The same by an encoder's features, which see what lies where."
+        return "By an encoder's features, which capture layout."
     return evaluation.READING[name]
 
 
 def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
-    """The five numbers to look at first: label, number, reference."""
+    """The five numbers to read first: label, number, reference."""
     five = [("SSIM of reconstructions", f"{r['ssim']['mean']:.3f}", "1 is the original")]
     references = dict.fromkeys(("fd_train", "recall", "ms_ssim_of_pairs"), "real")
     for name, kind in (references | {"memorised_share": "unseen_people"}).items():
@@ -106,11 +105,11 @@ def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
 
 
 def settings_of(folder: Path, rows: list[dict]) -> Config | None:
-    """The settings of this folder's runs, of the first seed that began."""
+    """The settings of the first seed that began in this folder."""
     for row in rows:
         path = folder / row["folder"] / "config.json"
         if path.exists():
-            config = Config.from_dict(runtime.read_json(path)["config"])
+            config = Config.from_dict(files.read_json(path)["config"])
             here = Path(Config.cache).resolve() == Path(config.cache)
             where = {"out": str(folder), "cache": Config.cache if here else config.cache}
             return replace(config, **where, **seeds_of(rows))
@@ -127,7 +126,7 @@ def seeds_of(rows: list[dict]) -> dict[str, int]:
 
 
 def settings_table(config: Config) -> list[dict]:
-    """Every option: name, value, what it means, and whether the preset has another value."""
+    """Every option: name, value, meaning, and whether it differs from the preset."""
     preset = replace(Config(preset=config.preset), **PRESETS[config.preset])
     rows = []
     for f in fields(Config):
@@ -138,7 +137,7 @@ def settings_table(config: Config) -> list[dict]:
 
 
 def commands(folder: Path, config: Config) -> list[tuple[str, str]]:
-    """What to type next, word for word, in the folder that driver.py is in."""
+    """Commands to run next, in the folder of driver.py."""
 
     def line(*words) -> str:
         return shlex.join(["python", *map(str, words)])
@@ -147,20 +146,83 @@ def commands(folder: Path, config: Config) -> list[tuple[str, str]]:
         return line("driver.py", *flags(replace(config, **changed)))
 
     return [
-        ("Continue, where it stopped", driver()),
+        ("Resume", driver()),
         ("One more seed beside these", driver(runs=config.runs + 1)),
         ("More samples of the best run", line("predict.py", "generate", folder, "--n", 64)),
-        ("Its scores again", line("predict.py", "evaluate", folder)),
-        ("All of it anew, in another folder", driver(out=f"{folder}-again")),
+        ("Score it again", line("predict.py", "evaluate", folder)),
+        ("Train again, in another folder", driver(out=f"{folder}-again")),
     ]
+
+
+# --- figures of a run ---------------------------------------------------------------------
+
+
+def save_figures(run, data: Data, scorer: Scorer, result: dict, rows: list[dict]):
+    """Draw every figure of a finished run into its folder `figures`. rows: of log.csv."""
+    folder, stamp = run.folder / "figures", run.stamp
+    folder.mkdir(exist_ok=True)
+    used = len(run.code_map.used)
+    chosen = np.linspace(0, len(data.test) - 1, 18).astype(int)
+    test = data.test.batch(chosen)
+    maps, outputs = run.reconstruct(test)
+    new_maps, new = run.sample(16)
+    of_levels = run.draw(run.noise(9)[0], torch.from_numpy(data.test.levels[chosen[::2]]))[1]
+    real, back, drawn, beside = (x[:, 0].numpy() for x in (test, outputs, new, of_levels))
+    bank = evaluation.parts_of(metrics.thumbnails, data.train)
+    distances, nearest = metrics.nearest(new, bank, k=1)
+    neighbours = data.train.batch(nearest[:, 0])[:, 0].numpy()
+    similarity = metrics.ssim(test[:8], outputs[:8]).tolist()
+    counts = run.counts[run.code_map.used.cpu()].numpy()
+    drawings = {
+        f"curves_{stage}": partial(figures.curves, rows, stage, stamp) for stage in run.trained
+    }
+    drawings |= {
+        "reconstructions": lambda: figures.reconstructions(
+            real[:8], run.ranks(maps[:8]), back[:8], similarity, used, stamp
+        ),
+        "code_histogram": lambda: figures.code_histogram(
+            counts, metrics.perplexity(run.counts), run.config.codes, stamp
+        ),
+        "generated": lambda: figures.generated(run.ranks(new_maps), drawn, used, stamp=stamp),
+        "nearest_training": lambda: figures.nearest(
+            drawn, neighbours, distances[:, 0].tolist(), stamp=stamp
+        ),
+        "real_beside_generated": lambda: figures.real_beside_generated(
+            real[::2], back[::2], beside, stamp
+        ),
+        "overlap": lambda: overlap(scorer, result, stamp),
+        "memorisation": lambda: memorisation(scorer, stamp),
+    }
+    for name, make in drawings.items():
+        files.save_figure(folder / f"{name}.png", make)
+
+
+def overlap(scorer: Scorer, result: dict, stamp: str):
+    """Real, reconstructed and generated slices on two principal components of real ones."""
+    plane = PCA(2, svd_solver="full").fit(scorer.sets["train"].features)
+    names = {"real": "real", "reconstruction": "reconstructed", "generated": "generated"}
+    points = {name: plane.transform(scorer.sets[kind].features) for kind, name in names.items()}
+    notes = []
+    for kind, name in names.items():
+        measures = ("precision", "recall", "coverage")
+        scores = (f"{m} {result['generation'][m][kind]:.2f}" for m in measures)
+        notes.append(f"{name}: {', '.join(scores)}")
+    return figures.overlap(points, notes, stamp)
+
+
+def memorisation(scorer: Scorer, stamp: str):
+    """Histograms of the distance to the nearest training slice."""
+    near = scorer.near_training["features"]
+    shown = {"unseen people": near["test"], "generated": near["generated"]}
+    return figures.memorisation(shown, metrics.copy_distance(near["test"]), stamp)
 
 
 # --- pictures -----------------------------------------------------------------------------
 
 
 def pictures_of(run, data: Data) -> dict:
-    """Everything of the best run that is to be seen, as data: URIs in lists and dicts."""
-    rows = runtime.Log(run.folder / "log.csv").rows()
+    """All pictures of the best run, as data: URIs in lists and dicts."""
+    rows = files.Log(run.folder / "log.csv").rows()
     return {
         "curves": {
             stage: uri(figures.svg(figures.curves(rows, stage)), "svg+xml")
@@ -184,7 +246,7 @@ def picture(image: np.ndarray) -> str:
 
 
 def film(word: str, positions: Tensor, images: Tensor) -> list[dict]:
-    """Frames of a slider: their label and picture."""
+    """Frames of a slider: label and picture."""
     pairs = zip(positions.tolist(), images[:, 0].numpy(), strict=True)
     return [{"label": f"{word} {p:.2f}", "image": picture(image)} for p, image in pairs]
 
@@ -208,10 +270,10 @@ def reconstructions(run, data: Data) -> list[dict]:
 
 
 def samples(run, data: Data) -> dict:
-    """Generated slices, each with its nearest training slice, and what distances to expect."""
+    """Generated slices with their nearest training slices, and the usual distances."""
     maps, images = run.sample(SAMPLES)
     unseen = data.test.batch(evenly(len(data.test), UNSEEN))
-    bank = evaluation.parts_of(metrics.thumbnails, data.train)  # goes by once, for both
+    bank = evaluation.parts_of(metrics.thumbnails, data.train)  # one pass for both
     wanted = torch.cat([metrics.thumbnails(x) for x in (images, unseen)])
     distances, rows = metrics.nearest(wanted, bank, k=1)
     near = data.train.batch(rows[:SAMPLES, 0])[:, 0].numpy()
@@ -231,10 +293,10 @@ def samples(run, data: Data) -> dict:
 
 
 def codes(run, data: Data) -> dict:
-    """The code histogram, and the most used codes: share and what the decoder draws there."""
+    """The code histogram; the most used codes, with share and mean decoded patch."""
     used = run.code_map.used.cpu()
     histogram = figures.code_histogram(
-        run.counts[used].numpy(), modules.perplexity(run.counts), run.config.codes
+        run.counts[used].numpy(), metrics.perplexity(run.counts), run.config.codes
     )
     images = data.test.batch(evenly(len(data.test), PATCH_SLICES))
     patches, seen = patches_of(*run.reconstruct(images), run.config.codes)

@@ -1,10 +1,10 @@
-"""Every figure the project saves: arrays in, matplotlib `Figure` (or contact sheet) out.
+"""All figures: arrays in, matplotlib `Figure` (or contact sheet) out.
 
-In: slices (N, 256, 256) float in [0, 1]; index maps (N, 64, 64) int, the *rank* of each code
-among the U used ones, so that similar colours are similar codes. Out: a `Figure` on its own Agg
-canvas, never pyplot, so that it needs no display and no closing; the caller saves it. One image
-pixel is one figure pixel (a map's cell is 4 x 4 of them): nothing shown is resampled.
-A `stamp`, such as "contains training data, do not publish", stands small below the figure.
+In: slices (N, 256, 256) float in [0, 1]; index maps (N, 64, 64) int, as ranks of the U used
+codes, so that similar colours are similar codes. Out: a `Figure` on its own Agg canvas, without
+pyplot: it needs no display and no closing. The caller saves it. One image pixel is one figure
+pixel (a cell of a map is 4x4), so nothing is resampled. A `stamp`, such as "contains training
+data, do not publish", is printed small below the figure.
 """
 
 import io
@@ -14,33 +14,30 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from torchvision.utils import make_grid
 
 from config import SEEN
 
 Array = np.ndarray
-
 DPI = 100
 CELL_PX = 256  # one slice, or one index map
 GAP_PX = 6  # between neighbouring cells
-TEXT_PX = 44  # a line of text above, or a turned one left of, the cells
+TEXT_PX = 44  # a line of text above the cells, or a rotated one on their left
 BAR_PX = 116  # a colour bar and its labels, right of the cells
 STAMP_PX = 34
 BLOCK_PX = 40  # between the blocks of `real_beside_generated`
-
-CODES = "viridis"  # perceptually even: equal steps in rank look equally far apart
+CODES = "viridis"  # perceptually uniform
 DIFFERENCES = "magma"
-DIFFERENCE_SHOWN = 0.2  # full scale of absolute differences: fixed, so that runs compare
+DIFFERENCE_SHOWN = 0.2  # full scale of differences; fixed, so that runs can be compared
 COLOURS = ("#1f77b4", "#e07b1a", "#3a923a")
 INK = "0.25"
-SMOOTH_FROM = 80  # points; longer curves are shown with their running mean
-
-
-# Curves
+SMOOTH_FROM = 80  # points; longer curves get a running mean
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ PANELS = {
     "decoder": (
         Panel("loss", {"loss": "total", "reconstruction": "reconstruction"}, log=True,
               noisy=True),
-        Panel("judged by patches", {"g_loss": "decoder", "d_loss": "discriminator"},
+        Panel("patch discriminator", {"g_loss": "decoder", "d_loss": "discriminator"},
               noisy=True),
         Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, decoded"}, log=True,
               noisy=True),
@@ -73,9 +70,9 @@ PANELS = {
         Panel("loss", {"g_loss": "generator", "d_loss": "discriminator"}, noisy=True),
         Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, generated"},
               log=True, noisy=True),
-        Panel("relative Fréchet distance (dashed: real against real)", {"fd_validation": ""},
+        Panel("relative Fréchet distance (dashed: real)", {"fd_validation": ""},
               log=True, ideal=1),
-        Panel("diversity (dashed: as diverse as real maps)", {"diversity": ""}, ideal=1),
+        Panel("diversity (dashed: real maps)", {"diversity": ""}, ideal=1),
     ),
     "denoiser": (
         Panel("loss, crops of training maps", {"loss": ""}, log=True, noisy=True),
@@ -162,9 +159,6 @@ def code_histogram(counts: Array, perplexity: float, total: int, stamp: str = ""
     return fig
 
 
-# Sets of slices
-
-
 def overlap(sets: dict[str, Array], notes: Sequence[str], stamp: str = "") -> Figure:
     """Slices as points (N, 2) in a plane, one colour a set; notes: the scores, in words."""
     fig = _figure(8, 6.6, stamp, layout="constrained")
@@ -181,24 +175,21 @@ def memorisation(distances: dict[str, Array], limit: float, stamp: str = "") -> 
     """Histograms of distances (N,) to the nearest training slice; limit: the dashed line."""
     fig = _figure(8, 4.6, stamp, layout="constrained")
     ax = fig.subplots()
-    _style(ax, "How near are slices to training slices?", "distance to the nearest one")
+    _style(ax, "Distance to the nearest training slice", "Euclidean distance of features")
     ax.set_ylabel("share of slices", color=INK)
     bins = np.histogram_bin_edges(np.concatenate([*distances.values()]), 60)
     for (name, values), colour in zip(distances.items(), COLOURS, strict=False):
         weights = np.full(len(values), 1 / len(values))
         shown = {"histtype": "stepfilled", "alpha": 0.4, "color": colour}
         ax.hist(values, bins, weights=weights, label=name, **shown)
-    ax.axvline(limit, color=INK, ls="--", lw=1, label="nearer than this: as if copied")
+    ax.axvline(limit, color=INK, ls="--", lw=1, label="copies are nearer than this")
     ax.legend(frameon=False, labelcolor=INK)
     return fig
 
 
-# Sheets of slices and index maps
-
-
 @dataclass(frozen=True)
 class Layer:
-    """One image per slice, all shown in the same way; `bar` labels a colour bar."""
+    """One image per slice, drawn alike. bar: label of the colour bar."""
 
     label: str
     images: Array
@@ -215,7 +206,7 @@ def reconstructions(
     used: int,
     stamp: str = "",
 ) -> Figure:
-    """Per column one slice: original, index map, reconstruction, absolute difference."""
+    """One slice per column: original, index map, reconstruction, absolute difference."""
     difference = np.abs(np.asarray(originals) - np.asarray(reconstructed))
     layers = [
         Layer("original", originals),
@@ -229,7 +220,7 @@ def reconstructions(
 def generated(
     index_maps: Array, brains: Array, used: int, columns: int = 8, stamp: str = ""
 ) -> Figure:
-    """Pairs of a generated index map and, below it, the brain that it decodes to."""
+    """Generated index maps, each above its decoded brain."""
     maps = Layer("index map", index_maps, CODES, used - 1, "rank of code")
     return _stacks([maps, Layer("brain", brains)], stamp, columns=columns)
 
@@ -241,21 +232,21 @@ def nearest(
     columns: int = 8,
     stamp: str = "",
 ) -> Figure:
-    """Each generated slice above the training slice closest to it, with their distance."""
+    """Generated slices, each above its nearest training slice, with the distance."""
     layers = [Layer("generated", samples), Layer("nearest training", neighbours)]
     titles = [f"distance {distance:#.3g}".rstrip(".") for distance in distances]
     return _stacks(layers, stamp, titles, columns)
 
 
 def strip(images: Array, labels: Sequence[str] = (), stamp: str = "") -> Figure:
-    """A sweep over slice levels, or an interpolation: equal rows of at most 8."""
+    """A sweep over levels or an interpolation, in equal rows of at most 8."""
     rows = math.ceil(len(images) / 8)
     columns = math.ceil(len(images) / rows)
     return _stacks([Layer("", images)], stamp, labels, columns)
 
 
 def side_by_side(rows: dict[str, Array], stamp: str = "") -> Figure:
-    """Label -> slices: one row for each, equally long."""
+    """Label -> slices: one row per label, all equally long."""
     layers = [Layer(label, images) for label, images in rows.items()]
     return _stacks(layers, stamp, columns=len(layers[0].images))
 
@@ -263,7 +254,7 @@ def side_by_side(rows: dict[str, Array], stamp: str = "") -> Figure:
 def real_beside_generated(
     real: Array, reconstructed: Array, generated: Array, stamp: str = ""
 ) -> Figure:
-    """Three blocks of slices of the same levels at full size: judge with your own eyes."""
+    """Three blocks of slices of the same levels at full size."""
     assert len(real) == len(reconstructed) == len(generated)
     columns = math.ceil(math.sqrt(len(real)))
     side = columns * (CELL_PX + GAP_PX) - GAP_PX
@@ -281,18 +272,15 @@ def real_beside_generated(
 
 
 def grid(images: Array, columns: int) -> Array:
-    """Contact sheet (H, W) uint8: slices row by row, 2 px apart, black where there is none."""
-    rows = math.ceil(len(images) / columns)
-    blanks = rows * columns - len(images)
-    cells = np.pad(as_bytes(images), ((0, blanks), (1, 1), (1, 1)))
-    h, w = cells.shape[1:]
-    return cells.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
+    """Contact sheet (H, W) uint8: slices row by row, with 2 black pixels between them."""
+    pixels = torch.from_numpy(as_bytes(images))[:, None]
+    return make_grid(pixels, nrow=columns, padding=2)[0].numpy()
 
 
 def _stacks(
     layers: list[Layer], stamp: str, titles: Sequence[str] = (), columns: int = 8
 ) -> Figure:
-    """Column i holds slice i in each layer, one below the other; a long set wraps."""
+    """Slice i in column i, its layers one below the other; long sets wrap."""
     count = len(layers[0].images)
     assert all(len(layer.images) == count for layer in layers)
     columns = min(columns, count)
@@ -315,9 +303,6 @@ def _stacks(
             if layer.bar and column == columns - 1:
                 _bar(fig, x + step + GAP_PX, y + j * step, shown, layer)
     return fig
-
-
-# Single images, for a page
 
 
 def png(image: Array) -> bytes:
@@ -343,9 +328,6 @@ def svg(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     return file.getvalue()
-
-
-# Pieces
 
 
 def _figure(width_in: float, height_in: float, stamp: str, layout: str | None = None) -> Figure:

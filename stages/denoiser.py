@@ -1,0 +1,401 @@
+"""Stage 5: a denoiser of index maps, and the contrast that samples need before it.
+
+In: the index maps of stage 2 and the generator of stage 4. Out: `denoiser_best.pt`. A
+discriminator of whole maps hardly judges single cells, so a generator leaves them blurred. The
+denoiser learns from crops of real maps which codes fit together, and corrects generated maps:
+noise is added, then removed. `denoiser_kimg = 0` skips this stage.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import modules
+from config import Config
+from dataset import evenly
+from modules import VQVAE, CodeMap, best, cells, generator_of
+from scores import metrics
+from stages.decoder import last_vqvae
+from stages.index_maps import RealMaps, trained_vqvae
+from stages.stage import (
+    DENOISE,
+    MONITOR,
+    Run,
+    Stage,
+    batch_rows,
+    require,
+    seeded,
+    update_average,
+)
+from support import checkpoints, device, distributed
+from support.muon import Muon
+
+GRAIN = 1001  # the purpose of the generator behind `grain_of`
+
+# --- network ------------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """Probabilities of the codes that a noisy map held, and their mean D(x; sigma).
+
+    It learns the posterior of each cell's code (Dieleman et al. 2022, arXiv:2211.15089, section
+    3): p(k | x) ~ exp(-|x - e_k|^2 / (2 sigma^2)) * exp(c_k). The first factor, what the cell
+    itself says, is known. The network learns the second, what the neighbours say. So it decides
+    between codes; a network that learns the mean by squared error blurs. Noise and input scale
+    are those of Karras et al. 2022 (arXiv:2206.00364, table 1, sigma_data 1). It gets neither
+    slice level nor place: layout is the generator's task.
+
+    Codes are points of a `CodeMap` of coordinates, whatever the DCGAN draws. x is in units of
+    `sd`, their standard deviation. Dimensions: as in modules; w width, E noise embedding.
+    """
+
+    LEAST, MOST = 0.5, 4.0  # sigma in training
+    STEPS = 4  # passes that remove the noise from a generated map
+    FAR = 1e3  # place of codes that training never used: out of reach
+
+    def __init__(self, codes: int, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("sd", torch.ones(()))
+        self.register_buffer("points", torch.zeros(codes, channels))  # e, in units of sd
+        w, E = 32, 32
+        self.register_buffer("octaves", 2.0 ** torch.linspace(-1, 3, 8), persistent=False)
+        self.embed = nn.Sequential(nn.Linear(16, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.first = nn.Conv2d(channels, w, 3, padding=1)
+        down, up = nn.Conv2d, nn.ConvTranspose2d
+        self.down = nn.ModuleList([down(w, 2 * w, 4, 2, 1), down(2 * w, 2 * w, 4, 2, 1)])
+        self.up = nn.ModuleList([up(2 * w, 2 * w, 4, 2, 1), up(2 * w, w, 4, 2, 1)])
+        widths = (w, 2 * w, 2 * w, 2 * w, 2 * w, w)
+        self.blocks = nn.ModuleList([NoisyBlock(width, E) for width in widths])
+        self.head = nn.Linear(w, codes)
+        nn.init.zeros_(self.head.weight)
+        self.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def fit(self, code_map: CodeMap, counts: Tensor):
+        """Set places and shares of codes from a map of coordinates and a histogram (K,)."""
+        used, points = code_map.used, code_map.points  # (U,), (U, C)
+        share = (counts[used] / counts.sum()).to(points)  # (U,)
+        variance = share @ points.square()  # (C,): the mean is 0
+        self.sd.copy_(variance.mean().sqrt().clamp_min(1e-6))
+        self.points.fill_(self.FAR)
+        self.points.index_copy_(0, used, points / self.sd)
+        self.head.bias[used] = share.log()  # the prior without neighbours
+
+    def features(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Features of each cell's surroundings: x (B, C, h, w), sigma (B,) -> (B, w, h, w)."""
+        angles = sigma.log()[:, None] * self.octaves * (math.pi / 4)  # (B, 8)
+        e = self.embed(torch.cat([angles.sin(), angles.cos()], 1))  # (B, E)
+        size = (1 + sigma.square()).sqrt()[:, None, None, None]  # sd of x
+        full = self.blocks[0](self.first(x / size), e)  # (B, w, h, w)
+        half = self.blocks[1](self.down[0](full), e)  # (B, 2w, h/2, w/2)
+        y = self.blocks[3](self.blocks[2](self.down[1](half), e), e)  # (B, 2w, h/4, w/4)
+        y = self.blocks[4](self.up[0](y) + half, e)
+        return F.silu(self.blocks[5](self.up[1](y) + full, e))
+
+    def factors(self, features: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors, of cells (N, w + C + 2) and of codes (K, w + C + 2), float32.
+
+        Their product (N, K) is log p(code | x) up to a constant: the logits. Cells are the rows
+        of features (N, w), x (N, C) and sigma (N, 1).
+        """
+        precision, one = 1 / sigma.square(), torch.ones_like(sigma)
+        squares = self.points.square().sum(1, keepdim=True)  # (K, 1)
+        of_cells = torch.cat([features.float(), one, x * precision, precision], 1)
+        head = self.head.weight, self.head.bias[:, None]
+        return of_cells, torch.cat([*head, self.points, squares / -2], 1)
+
+    def of_cells(self, x: Tensor, sigma: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+        """`rule` of the logits (N, K) of all cells of x (B, C, h, w): (B*h*w, ...)."""
+        each = sigma.repeat_interleave(x.shape[2] * x.shape[3])[:, None]  # (B*h*w, 1)
+        features = cells(self.features(x, sigma))  # (B*h*w, w)
+        with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
+            left, right = self.factors(features, cells(x), each)
+            return torch.cat([rule(F.linear(part, right)) for part in left.split(1024)])
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Remove noise of sigma (B,) from x (B, C, h, w), h and w multiples of 4."""
+        table = F.pad(self.points, (0, 1), value=1.0).T.contiguous()  # (C + 1, K)
+
+        def mean(logits: Tensor) -> Tensor:
+            # At least e^-80: smaller numbers are denormal, which makes processors slow.
+            logits = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80)
+            sums = F.linear(logits.exp_(), table)  # of e p(e | x), and of p(e | x)
+            return sums[:, :-1] / sums[:, -1:]
+
+        B, C, h, w = x.shape
+        return self.of_cells(x, sigma, mean).view(B, h, w, C).permute(0, 3, 1, 2)
+
+    def places(self, maps: Tensor) -> Tensor:
+        """Index maps (B, h, w) -> x (B, C, h, w)."""
+        return F.embedding(maps, self.points).permute(0, 3, 1, 2)
+
+    def restore(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Generated x (n, C, h, w) -> index maps (n, h, w) whose cells fit together.
+
+        As SDEdit (Meng et al. 2022, arXiv:2108.01073): add enough noise to hide what is wrong,
+        then remove it by a multistep method (DPM-Solver++ of Lu et al. 2022, arXiv:2211.01095,
+        algorithm 2). It assumes that D goes on changing as in the step before, linearly in log
+        sigma, and solves the equation for that D exactly. At the smallest sigma of training,
+        each cell becomes its most probable code.
+        noise (n, C, h, w): white, of unit variance. Raises FloatingPointError if x, or the
+        result of a pass but the last, is not finite.
+        """
+        x = x + self.MOST * noise
+        rho = 2  # as in eq. 5 of Karras et al.; their 7 takes longer steps first
+        ends = self.MOST ** (1 / rho), self.LEAST ** (1 / rho)
+        sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
+        before, back = None, 0.0  # D in the step before, and that step's length in log sigma
+        for now, then in pairwise(sigmas):
+            clean, step = self(x, x.new_full((len(x),), now)), math.log(now / then)
+            change = 0 if before is None else (clean - before) / back
+            ahead = clean + change * (step / (1 - then / now) - 1)
+            x = ahead + (x - ahead) * (then / now)
+            before, back = clean, step
+        if not torch.isfinite(x).all():
+            raise FloatingPointError("the denoiser's input or output is not finite")
+        last = x.new_full((len(x),), self.LEAST)
+        return self.of_cells(x, last, best).view(len(x), *x.shape[2:])
+
+    def restorer(self, code_map: CodeMap, autocast=None) -> Callable[[Tensor, Tensor], Tensor]:
+        """`restore` for `modules.draw_maps`: a function of the generator's output and noise."""
+
+        def restore(u: Tensor, z: Tensor) -> Tensor:
+            x = self.places(code_map.decode(u)) if code_map.even else u / self.sd
+            with autocast() if autocast else torch.autocast(u.device.type, enabled=False):
+                return self.restore(x, grain_of(z, *x.shape[1:]))
+
+        return restore
+
+
+class NoisyBlock(nn.Module):
+    """A residual block conditioned on the strength of noise. At its start, the identity.
+
+    Each cell is normalised over its channels (Ba et al. 2016, arXiv:1607.06450). Statistics
+    over a map would differ between whole maps and training crops, which hold less background.
+    """
+
+    def __init__(self, width: int, embedding: int):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.noise = nn.Linear(embedding, 2 * width)
+        self.last = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x (B, width, h, w), e (B, E) -> (B, width, h, w)."""
+        gain, shift = self.noise(e)[:, :, None, None].chunk(2, 1)  # (B, width, 1, 1)
+        y = self.first(F.silu(x)).permute(0, 2, 3, 1)  # (B, h, w, width)
+        y = F.layer_norm(y, y.shape[-1:]).permute(0, 3, 1, 2) * (1 + gain) + shift
+        return x + self.last(F.silu(y))
+
+
+def grain_of(z: Tensor, *shape: int) -> Tensor:
+    """White noise (n, *shape) of unit variance, a linear function of z (n, Z) / |z|.
+
+    So a restored sample is a smooth function of its z. Noise of independent z is independent.
+    """
+    basis = _grain(z.shape[1], *shape).to(z.device)  # (Z, *shape)
+    return torch.einsum("nz,z...->n...", F.normalize(z), basis)  # (n, *shape)
+
+
+@functools.lru_cache(maxsize=1)
+def _grain(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator_of(GRAIN))
+
+
+def denoising_loss(
+    denoiser: Denoiser, maps: Tensor, noise: Tensor, sigma: Tensor, start=(0, 0)
+) -> Tensor:
+    """Cross-entropy (B,) in nats a cell of real maps (B, h, w), given their noisy version.
+
+    Dieleman et al. 2022, section 3. noise (B, C, h, w), white; sigma (B,). Every second cell
+    each way counts, from `start` on: neighbours teach nearly the same, and the logits of all
+    cells would cost as much as the network.
+    """
+    x = denoiser.places(maps) + sigma[:, None, None, None] * noise  # (B, C, h, w)
+    some = (slice(None), slice(start[0], None, 2), slice(start[1], None, 2))
+    features = denoiser.features(x, sigma).permute(0, 2, 3, 1)[some]  # (B, h/2, w/2, w)
+    codes, x = maps[some].flatten(1), x.permute(0, 2, 3, 1)[some]
+    with torch.autocast(x.device.type, enabled=False):
+        each = sigma.repeat_interleave(codes.shape[1])[:, None]  # (N, 1)
+        logits = F.linear(*denoiser.factors(features.flatten(0, 2), x.flatten(0, 2), each))
+        surprise = F.cross_entropy(logits, codes.flatten(), reduction="none")
+    return surprise.view_as(codes).mean(1)
+
+
+def make_denoiser(config: Config) -> Denoiser:
+    channels = config.map_channels if config.order == "coordinates" else Config.map_channels
+    return Denoiser(config.codes, channels)
+
+
+# --- training -----------------------------------------------------------------------------
+
+
+def train_denoiser(run: Run):
+    """Train until `denoiser_kimg`; `denoiser_best.pt` holds the best by validation loss.
+
+    It learns from crops of real maps. The contrast that samples need before it is fitted at the
+    end and saved with it.
+    """
+    config = run.config
+    if config.denoiser_kimg == 0:
+        return
+    real = RealMaps(run)
+    require(run, "dcgan", config.gan_kimg)
+    denoiser = seeded(run.seed, 3, lambda: make_denoiser(config)).to(run.device)
+    code_map = real.code_map
+    if code_map.even:  # bins; the denoiser needs coordinates
+        codebook = trained_vqvae(run).quantizer.codebook.cpu()
+        code_map = CodeMap.fit(codebook, real.counts, "coordinates", denoiser.channels)
+    denoiser.fit(code_map.to(run.device), real.counts.to(run.device))
+    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    muon = Muon(denoiser, config.denoiser_lr, betas=(0.9, 0.99))
+    parts = {"denoiser": denoiser, "average": average, "muon": muon}
+    stage = Stage(
+        run, "denoiser", config.denoiser_kimg, config.gan_batch_size, parts, **real.link
+    )
+    step = device.Recorded(functools.partial(denoiser_step, denoiser, muon, config))
+    while not stage.done:
+        lr = stage.lr(config.denoiser_lr)
+        device.set_lr(lr, muon)
+        batch, start = denoiser_batch(denoiser, real, stage)
+        loss = step(*batch, start=start)
+        half_life = min(1000 * config.denoiser_ema_kimg, 0.1 * stage.nimg)
+        update_average(average, denoiser, half_life, config.gan_batch_size)
+        stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
+    stage.progress.close()
+    add_contrast(real)
+
+
+def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tuple, tuple]:
+    """Crops of real maps (B, S, S), noise (B, C, S, S), its sigma (B,); and a start.
+
+    S = crop_cells. start: the first cell, down and across, that `denoising_loss` counts.
+    """
+    run, n, S = stage.run, stage.batch_size, stage.run.config.crop_cells
+    mine, draw = distributed.share(n), generator_of(run.seed, DENOISE, stage.step)
+    crop = real.code_map.crop
+    maps = crop.cut(real.real_maps(run.data.train.rows[batch_rows(stage)]))  # (B, h, w)
+    ways = torch.tensor(crop.size) - S + 1  # places of a crop, along each side
+    corners = (torch.rand((n, 2), generator=draw) * ways).long()[..., None]  # (n, 2, 1)
+    places = device.sent(corners[mine] + torch.arange(S), run.device)  # (B, 2, S)
+    each = torch.arange(len(maps), device=run.device)[:, None, None]
+    maps = maps[each, places[:, 0, :, None], places[:, 1, None, :]]  # (B, S, S)
+    noise = torch.randn((n, denoiser.channels, S, S), generator=draw)[mine]
+    sigma = sigmas(torch.rand(n, generator=draw)[mine] ** run.config.sigma_power)
+    start = torch.randint(2, (2,), generator=draw).tolist()
+    return (maps, device.sent(noise, run.device), device.sent(sigma, run.device)), tuple(start)
+
+
+def denoiser_step(
+    denoiser: Denoiser, optimizer, config, maps, noise, sigma, start: tuple[int, int]
+) -> Tensor:
+    """One step on a `denoiser_batch` -> the loss, ()."""
+    with device.autocast(maps.device, config.precision):
+        loss = denoising_loss(denoiser, maps, noise, sigma, start).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    loss = loss.detach()
+    distributed.average_gradients(denoiser, loss)
+    optimizer.step()
+    return loss
+
+
+def sigmas(share: Tensor) -> Tensor:
+    """Strengths of noise (n,), from shares (n,) in [0, 1) of their range on a log scale."""
+    return Denoiser.LEAST * (Denoiser.MOST / Denoiser.LEAST) ** share
+
+
+@torch.no_grad()
+def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
+    """Loss on validation maps, ten times in a training; keeps the average's best weights."""
+    if not stage.due(10):
+        return {}
+    validation, code_map = stage.run.data.validation, real.code_map
+    rows = evenly(len(validation), 64)
+    mine = distributed.share(len(rows))
+    maps = code_map.crop.cut(real.real_maps(validation.rows[rows[mine]]))
+    # A code that training never used has no place: a fixed other one replaces it.
+    maps = torch.where(code_map.rank[maps] < 0, code_map.used[0], maps)
+    draw = generator_of(stage.run.seed, DENOISE)
+    noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)[mine]
+    sigma = sigmas(torch.linspace(0, 1, len(rows)))[mine]
+    parts = (part.split(32) for part in (maps, noise.to(maps.device), sigma.to(maps.device)))
+    losses = [denoising_loss(average, *part) for part in zip(*parts, strict=True)]
+    loss = distributed.gathered(torch.cat(losses)).mean().item()
+    stage.offer(loss, denoiser=average)
+    return {"loss_validation": loss}
+
+
+# --- contrast -----------------------------------------------------------------------------
+
+
+def add_contrast(real: RealMaps):
+    """Fit the contrast of this generator's samples once, and add it to `denoiser_best.pt`."""
+    run, made_with = real.run, real.run.fingerprint() | real.link
+    mine, theirs = run.path("denoiser_best.pt"), run.path("dcgan_best.pt")
+    link = checkpoints.checksum(theirs)
+
+    def read() -> dict:
+        return checkpoints.load_checkpoint(mine, stage="denoiser", **made_with)
+
+    if distributed.first(lambda: read().get("dcgan") == link):
+        return
+    values = read()
+    others = checkpoints.load_checkpoint(theirs, stage="dcgan", **made_with)
+    generator = modules.make_generator(run.config, real.code_map.crop.size)
+    denoiser = make_denoiser(run.config)
+    checkpoints.load_weights(denoiser, values.get("denoiser"), mine).to(run.device).eval()
+    checkpoints.load_weights(generator, others.get("generator"), theirs)
+    generator.to(run.device).eval()
+    if not run.config.original:
+        Contrast(real, last_vqvae(real)).fit(generator, denoiser)
+    values |= {"dcgan": link, "contrast": generator.contrast.cpu()}
+    distributed.first(lambda: checkpoints.save_checkpoint(mine, values))
+
+
+class Contrast:
+    """Gives samples the strength of detail of reconstructions of the same levels.
+
+    Snapping cells to codes flattens a map, and a denoiser cannot restore what the generator
+    has lost.
+    """
+
+    MOST = 0.2  # gain
+
+    @torch.no_grad()
+    def __init__(self, real: RealMaps, vqvae: VQVAE):
+        run, self.code_map, self.vqvae = real.run, real.code_map, vqvae
+        rows = evenly(len(run.data.train), 128)
+        maps, levels = real.real_maps(run.data.train.rows[rows]), real.levels[rows]
+        self.wanted = metrics.detail_strength(vqvae.decode(maps)).mean().item()
+        mine, size = distributed.share(len(rows)), run.config.noise_dim
+        noise, _ = modules.noise_of(range(len(rows)), size, run.seed, real.level_table, MONITOR)
+        self.given = noise[mine], levels[mine]
+        self.autocast = functools.partial(device.autocast, run.device, run.config.precision)
+
+    @torch.no_grad()
+    def fit(self, generator: modules.Generator, denoiser: Denoiser | None = None):
+        """Set the generator's contrast.
+
+        Detail is nearly linear in the gain: two trials, and interpolation between them. Samples
+        with too much detail have grain, which less contrast would only smear: the gain stays 0.
+        """
+        restore = denoiser.restorer(self.code_map, self.autocast) if denoiser else None
+        found = []
+        for gain in (0.0, self.MOST):
+            generator.contrast.fill_(gain)
+            maps = modules.draw_maps(generator, self.code_map, *self.given, restore)
+            images = modules.in_full_batches(self.vqvae.decode, maps)
+            detail = distributed.gathered(metrics.detail_strength(images))
+            found.append(detail.mean().item())
+        share = (self.wanted - found[0]) / max(found[1] - found[0], 1e-6)
+        generator.contrast.fill_(self.MOST * min(max(share, 0.0), 1.0))

@@ -1,0 +1,51 @@
+"""The results of stages 1 and 2, as the later stages read them: VQ-VAE, index maps, code map.
+
+In: `vqvae_best.pt`, `codes.npy`, `codes.pt` of a run's folder. Out: `RealMaps`. All files must
+belong together (exit 4).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import modules
+from modules import VQVAE, CodeMap
+from stages.stage import Feed, Run, require, require_file
+from support import checkpoints
+
+
+def trained_vqvae(run: Run) -> VQVAE:
+    """The best weights of stage 1. Raises UserError (exit 4) if they are unusable."""
+    require(run, "vqvae", run.config.vqvae_kimg)
+    path = run.path("vqvae_best.pt")
+    values = checkpoints.load_checkpoint(path, stage="vqvae", **run.fingerprint())
+    model = modules.make_vqvae(run.config)
+    return checkpoints.load_weights(model, values.get("model"), path).to(run.device).eval()
+
+
+class RealMaps:
+    """Index maps of all slices, their code map, their levels.
+
+    Raises UserError (exit 4) unless all of it belongs together.
+    """
+
+    def __init__(self, run: Run):
+        self.run, path = run, run.path("codes.pt")
+        require_file(path, "codes")
+        values = checkpoints.load_checkpoint(path, stage="codes", **run.fingerprint())
+        with checkpoints.reading(path):
+            self.code_map = CodeMap.from_saved(values, run.config).to(run.device)
+            if values["vqvae"] != checkpoints.checksum(run.path("vqvae_best.pt")):
+                raise ValueError("made with another vqvae_best.pt; run --stage codes again")
+            if values["maps"] != checkpoints.checksum(run.path("codes.npy")):
+                raise ValueError("made with another codes.npy; run --stage codes again")
+            self.level_table = values["levels"]
+            self.counts = values["counts"]["train"]  # (K,)
+        maps = np.load(run.path("codes.npy"), mmap_mode="r").view(np.int16)  # a type of torch
+        self.maps = Feed(maps, run.device)
+        self.levels = torch.from_numpy(run.data.train.levels)
+        self.link = {"codes": checkpoints.checksum(path)}  # for later checkpoints
+
+    def real_maps(self, rows: np.ndarray) -> Tensor:
+        """Index maps (n, 64, 64) int64 of these slices, on the run's device."""
+        return self.maps[rows].long() & 0xFFFF

@@ -1,0 +1,152 @@
+"""The command line: one flag per main field of `Config`, --set for the others.
+
+In: `Config`'s fields. Out: an argparse parser whose errors are one line (exit 2), and a
+`Config` from what it parsed.
+"""
+
+import argparse
+import sys
+from dataclasses import fields, replace
+
+from config import PRESETS, Config, Exit, check_field
+
+FIELDS = {f.name: f for f in fields(Config)}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and without abbreviations."""
+
+    def __init__(self, description: str, **keywords):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(
+                prog, max_help_position=30, width=96
+            ),
+            **keywords,
+        )
+
+    def error(self, message):
+        print(f"error: {message}; see --help", file=sys.stderr)
+        raise SystemExit(int(Exit.USAGE))
+
+
+def add_options(parser: argparse.ArgumentParser, names=None, **shown):
+    """Add the flags of `Config`'s fields, or of `names` only. Absent flags set no attribute.
+
+    shown: text for a field's default in --help, if it is not the default itself.
+    """
+    group = parser
+    for f in FIELDS.values():
+        if names is None and f.metadata["heading"]:
+            group = parser.add_argument_group(f.metadata["heading"])
+        if f.metadata["flag"] if names is None else f.name in names:
+            _add_flag(group, f, shown.get(f.name, _show(f.default)))
+    if names is None:
+        rest = ", ".join(
+            f"{f.name}={_show(f.default, ',')}" for f in FIELDS.values() if not _has_flag(f)
+        )
+        parser.add_argument(
+            "--set", action="append", default=[], type=_assignment, metavar="NAME=VALUE",
+            help="set another field of config.py, which explains it; several numbers by "
+            f"commas; repeatable [{rest}]",
+        )  # fmt: skip
+
+
+def _has_flag(f) -> bool:
+    return f.metadata["flag"]
+
+
+def _add_flag(group, f, default: str):
+    note = f" [{default}]" if default and "[" not in f.metadata["help"] else ""
+    keywords = {"help": f.metadata["help"] + note, "default": argparse.SUPPRESS}
+    if isinstance(f.default, bool):
+        group.add_argument(flag_of(f), action="store_true", **keywords)
+        return
+    many = isinstance(f.default, tuple)
+    kind = type(f.default[0] if many else f.default)
+    choices = tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
+    names = {int: "N", float: "X", str: "TEXT"}
+    metavar = "{" + ",".join(choices) + "}" if choices else names[kind]
+    if many:
+        keywords["nargs"] = len(f.default)
+    group.add_argument(flag_of(f), type=_reader(f, kind), metavar=metavar, **keywords)
+
+
+def flag_of(f) -> str:
+    """The flag of a field: `gan_lr` -> --gan-lr."""
+    return "--" + f.name.replace("_", "-")
+
+
+def _show(value, between: str = " ") -> str:
+    if isinstance(value, tuple):
+        return between.join(map(str, value))
+    return "" if value is False else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _reader(f, kind):
+    """A function from an argument's text to its value. Its errors name the allowed range."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__}") from None
+        _check(f, (value,) * len(f.default) if isinstance(f.default, tuple) else value)
+        return value
+
+    return read
+
+
+def _check(f, value):
+    try:
+        check_field(f, value)
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """NAME=VALUE -> (name, value), checked."""
+    name, _, value = text.partition("=")
+    if name not in FIELDS or isinstance(FIELDS[name].default, bool):
+        known = ", ".join(name for name, f in FIELDS.items() if not _has_flag(f))
+        raise argparse.ArgumentTypeError(f"{name!r} is no field; choose one of {known}")
+    f = FIELDS[name]
+    many = isinstance(f.default, tuple)
+    kind = type(f.default[0] if many else f.default)
+    try:
+        parts = tuple(kind(part) for part in (value.split(",") if many else [value]))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not {kind.__name__}") from None
+    _check(f, parts if many else parts[0])
+    return name, parts if many else parts[0]
+
+
+def flags(config: Config) -> list[str]:
+    """The words of a command line that makes `config`: its preset, and what differs from it."""
+    words = [] if config.preset == Config.preset else ["--preset", config.preset]
+    preset = replace(Config(preset=config.preset), **PRESETS[config.preset])
+    for f in FIELDS.values():
+        value = getattr(config, f.name)
+        if value == getattr(preset, f.name):
+            continue
+        if not _has_flag(f):
+            words += ["--set", f"{f.name}={','.join(_words(value))}"]
+        else:
+            words += [flag_of(f)] if value is True else [flag_of(f), *_words(value)]
+    return words
+
+
+def _words(value) -> list[str]:
+    return [str(part) for part in (value if isinstance(value, tuple) else (value,))]
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    """Defaults, then the preset, then the flags that were given."""
+    given = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in vars(arguments).items()
+        if k in FIELDS
+    }
+    given |= dict(getattr(arguments, "set", []))
+    return replace(Config(), **PRESETS[given.get("preset", "quick")] | given)

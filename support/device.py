@@ -1,0 +1,219 @@
+"""Everything that depends on the device: its choice, precision, CUDA graphs, memory."""
+
+import collections
+import ctypes
+import functools
+import platform
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from config import Exit, UserError
+from support import distributed
+
+# --- the device and its precision ---------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device; 'auto' takes a GPU if there is one. An absent one is exit 2.
+
+    In a distributed run each process gets its own GPU, or all use the CPU.
+    """
+    if distributed.count() > 1:
+        mine = f"cuda:{distributed.local()}"
+        if name not in ("auto", "cuda", "cpu", mine):
+            raise UserError(
+                Exit.USAGE, f"--device {name}: several processes take cuda (one each) or cpu"
+            )
+        if name != "cpu" and torch.cuda.is_available():
+            name = mine
+        elif name == "auto":
+            name = "cpu"
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        mps = getattr(torch.backends, "mps", None)
+        return torch.device("mps" if mps is not None and mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(
+            Exit.USAGE,
+            f"--device {name}: not available here; use cpu, or auto to take what there is"
+            + ("" if torch.version.cuda else " (this torch was built without CUDA)"),
+        ) from None
+    return device
+
+
+@functools.cache
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16. Emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context for `Config.precision`."""
+    low = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=low, cache_enabled=False)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copy x to the device without a sync."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+# --- training steps as CUDA graphs --------------------------------------------------------
+
+
+def set_lr(lr: float, optimizer: torch.optim.Optimizer):
+    """Set the learning rate. On CUDA it is a 0-d tensor, so that a captured graph reads it."""
+    groups = optimizer.param_groups
+    device = next(weight.device for group in groups for weight in group["params"])
+    for group in groups:
+        if device.type != "cuda":
+            group["lr"] = lr
+            continue
+        if not isinstance(group["lr"], Tensor) or group["lr"].device != device:
+            group |= {"lr": torch.zeros((), device=device), "capturable": True}
+        group["lr"].fill_(lr)
+
+
+class Recorded:
+    """A training step that is captured as a CUDA graph and replayed; a plain call elsewhere.
+
+    These networks are small: launching their kernels takes longer than running them.
+    step(*inputs, **given): the tensors `inputs` have the same shapes in every call; they are
+    copied into the graph's buffers. Each set of plain values `given` has its own graph. All
+    other tensors that the step reads (weights, optimizer state, the rate of `set_lr`) must keep
+    their addresses. The step must not synchronise or draw random numbers on the device. The
+    next call overwrites the returned tensors. In a distributed run the step is a plain call.
+    """
+
+    WARM = 3  # plain calls before capture: libraries start, optimizers create their state
+
+    def __init__(self, step: Callable):
+        self.step, self.calls, self.records = step, collections.Counter(), {}
+        self.stream = None
+
+    def __call__(self, *inputs: torch.Tensor, **given):
+        if inputs[0].device.type != "cuda" or distributed.count() > 1:
+            return self.step(*inputs, **given)
+        key = tuple(given.items())
+        self.calls[key] += 1
+        if self.calls[key] <= self.WARM:
+            return self.aside(inputs, given)
+        if key not in self.records:
+            self.records[key] = self.record(inputs, given)
+        buffers, graph, values = self.records[key]
+        for buffer, x in zip(buffers, inputs, strict=True):
+            buffer.copy_(x)
+        graph.replay()
+        return values
+
+    def aside(self, inputs, given):
+        """Run the step on a side stream: CUDA graphs require this of the warm-up calls."""
+        here = torch.cuda.current_stream()
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            values = self.step(*inputs, **given)
+        here.wait_stream(self.stream)
+        return values
+
+    def record(self, inputs, given):
+        """Capture the step; return its input buffers, the graph, and its output tensors."""
+        buffers, graph = [torch.empty_like(x) for x in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # captures without running
+            values = self.step(*buffers, **given)
+        return buffers, graph, values
+
+
+# --- memory -------------------------------------------------------------------------------
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a GPU; 0 for other devices."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def is_out_of_memory(problem: Exception) -> bool:
+    """Whether this is an out-of-memory error; on the CPU torch raises a plain RuntimeError."""
+    words = ("can't allocate memory", "out of memory", "bad_alloc", "Insufficient memory")
+    return isinstance(problem, torch.OutOfMemoryError | MemoryError) or any(
+        word in str(problem) for word in words
+    )
+
+
+def tame_malloc():
+    """Let glibc keep large freed blocks instead of returning them to the kernel.
+
+    A training step frees and allocates the same tens of megabytes again and again. The page
+    faults of getting them back zeroed took half of its time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(M_TOP_PAD, 2**26)
+
+
+def release_memory():
+    """Return free memory to the system; otherwise the peaks of the stages add up."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def peak_memory_mb() -> float:
+    """Return the largest resident size of this process so far, in MB (0 if unknown)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+# --- operations with a form for each device -----------------------------------------------
+
+
+def window_at(images: torch.Tensor, corner: torch.Tensor, side: int) -> torch.Tensor:
+    """The window of images (.., H, W) that begins at corner (2,): (.., side, side)."""
+    if corner.device.type == "cpu":
+        top, left = corner.tolist()
+        return images[..., top : top + side, left : left + side]
+    places = corner[:, None] + torch.arange(side, device=corner.device)  # does not synchronise
+    return images.index_select(-2, places[0]).index_select(-1, places[1])
+
+
+def sums_by_index(rows: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum (count, C) of the rows (N, C) with each index (N,).
+
+    On a GPU a product with one-hot rows: `index_add_` adds in a random order there, so the same
+    seed would give other bits.
+    """
+    if rows.device.type == "cpu":
+        return rows.new_zeros(count, rows.shape[1]).index_add_(0, indices, rows)
+    return sums_by_product(rows, indices, count)
+
+
+def sums_by_product(rows: torch.Tensor, indices: torch.Tensor, count: int) -> torch.Tensor:
+    """`sums_by_index` as a product."""
+    every = torch.arange(count, device=rows.device)[:, None]  # (count, 1)
+    few = max(1, (1 << 26) // count)  # 0.25 GB of one-hot rows
+    parts = zip(rows.split(few), indices.split(few), strict=True)
+    return sum((every == chosen).to(part.dtype) @ part for part, chosen in parts)
