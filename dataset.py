@@ -5,9 +5,11 @@ is made once per source and kept in the cache. Prints what was found. Stops (exi
 on these data would be wrong.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ from loading.decoding import Unreadable, peak_16bit, printable, read_file
 from loading.sources import PARTS, Item, assign_parts, find, stable_hash
 from support.messages import say, warn
 
+MAP = 64  # cells on a side of an index map
+PIXELS = 4  # on a side of a cell
+STEP, LEAST = 8, 32  # cells: a crop's sides are multiples of STEP, and at least LEAST
 PRIVATE = "contains training data, do not publish"
 SLICE_SPLIT = "split by slice, not by subject: every score is inflated"
 
@@ -73,6 +78,45 @@ class Data:
 def evenly(n: int, count: int) -> np.ndarray:
     """Return at most `count` distinct indices of range(n), evenly spaced."""
     return np.unique(np.linspace(0, n - 1, min(n, count)).astype(int))
+
+
+class Crop(NamedTuple):
+    """The rectangle of cells that holds all heads. Training and drawing are limited to it."""
+
+    top: int = 0
+    left: int = 0
+    height: int = MAP
+    width: int = MAP
+
+    @classmethod
+    def around(cls, seen: torch.Tensor) -> "Crop":
+        """The smallest crop with all cells in which `seen` (h, w) bool is true."""
+        sides = []
+        for line in (seen.any(1), seen.any(0)):
+            where, n = line.nonzero().flatten().tolist() or [0, len(line) - 1], len(line)
+            length = where[-1] + 1 - where[0]
+            length = min(n, max(LEAST, math.ceil(length / STEP) * STEP))
+            start = (where[0] + where[-1] + 1 - length) // 2
+            sides.append((min(max(0, start), n - length), length))
+        (top, height), (left, width) = sides
+        return cls(top, left, height, width)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in cells."""
+        return self.height, self.width
+
+    def cut(self, x: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """The crop of maps (.., h, w), or of images with `scale` pixels to a cell."""
+        top, left, height, width = (scale * n for n in self)
+        return x[..., top : top + height, left : left + width]
+
+    def paste(self, inside: torch.Tensor, background: int) -> torch.Tensor:
+        """The inverse of `cut` for index maps: (B, height, width) -> (B, 64, 64)."""
+        right, below = MAP - self.left - self.width, MAP - self.top - self.height
+        return torch.nn.functional.pad(
+            inside, (self.left, right, self.top, below), value=background
+        )
 
 
 def open_data(config: Config) -> Data:

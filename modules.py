@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from dataset import MAP, Crop
 from support.device import sums_by_index
 
 # --- VQ-VAE -------------------------------------------------------------------------------
@@ -325,47 +326,6 @@ def start_awake(module: nn.Module):
 
 
 # --- code map: index maps <-> GAN space ---------------------------------------------------
-
-MAP = 64  # cells on a side of an index map
-PIXELS = 4  # on a side of a cell
-STEP, LEAST = 8, 32  # cells: a crop's sides are multiples of STEP, and at least LEAST
-
-
-class Crop(NamedTuple):
-    """The rectangle of cells that holds all heads. Training and drawing are limited to it."""
-
-    top: int = 0
-    left: int = 0
-    height: int = MAP
-    width: int = MAP
-
-    @classmethod
-    def around(cls, seen: Tensor) -> "Crop":
-        """The smallest crop with all cells in which `seen` (h, w) bool is true."""
-        sides = []
-        for line in (seen.any(1), seen.any(0)):
-            where, n = line.nonzero().flatten().tolist() or [0, len(line) - 1], len(line)
-            length = where[-1] + 1 - where[0]
-            length = min(n, max(LEAST, math.ceil(length / STEP) * STEP))
-            start = (where[0] + where[-1] + 1 - length) // 2
-            sides.append((min(max(0, start), n - length), length))
-        (top, height), (left, width) = sides
-        return cls(top, left, height, width)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in cells."""
-        return self.height, self.width
-
-    def cut(self, x: Tensor, scale: int = 1) -> Tensor:
-        """The crop of maps (.., h, w), or of images with `scale` pixels to a cell."""
-        top, left, height, width = (scale * n for n in self)
-        return x[..., top : top + height, left : left + width]
-
-    def paste(self, inside: Tensor, background: int) -> Tensor:
-        """The inverse of `cut` for index maps: (B, height, width) -> (B, 64, 64)."""
-        right, below = MAP - self.left - self.width, MAP - self.top - self.height
-        return F.pad(inside, (self.left, right, self.top, below), value=background)
 
 
 class CodeMap(nn.Module):

@@ -31,8 +31,8 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 import modules
-from dataset import BrainSlices, Data, evenly, open_data, unit_range
-from modules import PIXELS, VQVAE, CodeMap, Crop, generator_of
+from dataset import MAP, PIXELS, BrainSlices, Crop, Data, evenly, open_data, unit_range
+from modules import VQVAE, CodeMap, generator_of
 from scores import metrics
 from stages.decoder import last_vqvae, train_decoder
 from stages.denoiser import Contrast, train_denoiser
@@ -244,7 +244,7 @@ def write_maps(model: VQVAE, run: Run):
             pass
         return
     with files.replacing(run.path("codes.npy")) as temporary, open(temporary, "wb") as file:
-        shape = len(run.data.images), modules.MAP, modules.MAP
+        shape = len(run.data.images), MAP, MAP
         files.write_npy_header(file, np.uint16, shape)
         for maps in parts:
             file.write(maps.tobytes())
@@ -257,7 +257,7 @@ def index_maps(model: VQVAE, run: Run) -> Iterator[np.ndarray]:
     starts = range(0, len(pixels), n)
     for start in messages.progress(starts, total=len(starts), label="index maps"):
         part = pixels[start : start + n]
-        images = unit_range(torch.from_numpy(part[distributed.share(len(part))]))
+        images = unit_range(torch.from_numpy(np.array(part[distributed.share(len(part))])))
         maps = model.encode(images).numpy().astype(np.uint16)
         yield np.concatenate(distributed.collected(maps))
         run.signals.check(lambda: None)

@@ -1,9 +1,8 @@
-"""The training steps as one would write them first: what benchmarks/speed.py compares with.
+"""Quantiser and training steps without rewrites for speed, for benchmarks/speed.py and tests.
 
-The same functions as in modules, metrics and train, without any of their rewrites: NCHW,
-float32, ReLU before pooling, upsampling as a layer, z in full, one-hot rows for the codes,
-Gaussian windows as convolutions, an optimiser that is not fused. tests/test_speed.py holds loss
-and gradients against the project's own.
+They compute what modules, metrics and train compute, in the plain way: NCHW, float32, ReLU
+before pooling, upsampling as a layer, all distances in the search, one-hot rows for the codes,
+Gaussian windows as convolutions. tests/test_speed.py compares losses and gradients.
 
 Dimensions as in modules: B batch, D code dimension, K codes, N = B*h*w positions.
 """
@@ -13,18 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modules
-from train import DETAIL, WINDOW
 
 
 class Upsampled(nn.Conv2d):
-    """Nearest upsampling by 2, then the convolution."""
+    """Nearest upsampling by 2, then a convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(F.interpolate(x, scale_factor=2))
 
 
 class Quantizer(nn.Module):
-    """Nearest code by all distances; codes by one-hot rows (van den Oord et al. 2017)."""
+    """Nearest code by all distances (van den Oord et al. 2017, arXiv:1711.00937, eq. 1, 2)."""
 
     def __init__(self, codes: int, dim: int):
         super().__init__()
@@ -33,7 +31,10 @@ class Quantizer(nn.Module):
         self.register_buffer("sum", torch.zeros(codes, dim))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """z (B, D, h, w) -> codes with z's gradient, indices (N,), commitment, (N, K)."""
+        """z (B, D, h, w) -> codes (B, D, h, w), indices (N,), commitment (), one-hot (N, K).
+
+        The gradient of the codes goes to z (straight-through).
+        """
         rows = z.permute(0, 2, 3, 1).contiguous()  # (B, h, w, D)
         indices, chosen = self.search(rows.flatten(0, 2))  # (N,), (N, K)
         codes = (chosen @ self.codebook).view_as(rows)  # (B, h, w, D)
@@ -50,7 +51,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, flat: Tensor, chosen: Tensor, decay: float):
-        """Moving averages of counts and sums, appendix A.1."""
+        """One step of the moving averages of counts and sums (appendix A.1)."""
         self.count.mul_(decay).add_(chosen.sum(0), alpha=1 - decay)
         self.sum.mul_(decay).add_(chosen.T @ flat, alpha=1 - decay)
         alive = self.count[:, None] > 1e-3
@@ -58,7 +59,7 @@ class Quantizer(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """The architecture of the README's table; parameters are named as in modules.VQVAE."""
+    """The architecture of the README's table. Weights have the names of `modules.VQVAE`."""
 
     def __init__(self, codes: int = 512, dim: int = 64, widths: tuple[int, int] = (16, 8)):
         super().__init__()
@@ -82,7 +83,7 @@ class VQVAE(nn.Module):
 
 
 def blur(x: Tensor) -> Tensor:
-    """(B, 1, H, W): the Gaussian window of SSIM, whole windows only."""
+    """Means by SSIM's Gaussian window: (B, 1, H, W) -> (B, 1, H - 10, W - 10)."""
     g = torch.exp(-((torch.arange(11, dtype=x.dtype) - 5) ** 2) / (2 * 1.5**2))
     g = g / g.sum()
     return F.conv2d(F.conv2d(x, g.view(1, 1, 11, 1)), g.view(1, 1, 1, 11))
@@ -99,20 +100,21 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def detail(x: Tensor) -> Tensor:
-    """Root mean square, in 16x16 patches, of the image minus its 5x5 mean."""
+    """Root mean square, in each 16x16 patch, of the image minus its 5x5 mean."""
     high = x - F.avg_pool2d(x, 5, 1, 2)
     return (F.avg_pool2d(high.square(), 16) + 1e-5).sqrt()
 
 
 def vqvae_step(model: VQVAE, optimizer, images: Tensor, config, corner: Tensor):
-    """One training step on images (B, 1, H, W); returns its loss."""
+    """One training step on images (B, 1, H, W) -> its loss, ()."""
     z = model.pre_vq(model.encoder(images))  # (B, D, h, w)
     codes, _, commitment, chosen = model.quantizer(z)
     output = model.decoder(codes)  # (B, 1, H, W)
-    top, left = corner.tolist()
-    x, y = (v[..., top : top + WINDOW, left : left + WINDOW] for v in (output, images))
+    (top, left), side = corner.tolist(), config.window_px
+    x, y = (v[..., top : top + side, left : left + side] for v in (output, images))
     loss = F.l1_loss(output, images) + 1 - ssim(x, y).mean()
-    loss = loss + DETAIL * F.l1_loss(detail(x), detail(y)) + config.commitment * commitment
+    loss = loss + config.detail_weight * F.l1_loss(detail(x), detail(y))
+    loss = loss + config.commitment * commitment
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -122,13 +124,13 @@ def vqvae_step(model: VQVAE, optimizer, images: Tensor, config, corner: Tensor):
 
 
 def judge(D: modules.Discriminator, u: Tensor, level: Tensor) -> Tensor:
-    """Logits (B,) of maps (B, C, h, w) in whatever memory format they have."""
+    """Logits (B,) of maps (B, C, h, w), in the memory format of the maps."""
     scores = D.layers(u).flatten(1)
     return scores[:, 0] + (scores[:, 1:] * modules.level_features(level)).sum(1)
 
 
 def dcgan_step(gan, real, level, noise, penalise: bool) -> dict[str, Tensor]:
-    """One step of D, then one of G on the same noise; returns both losses."""
+    """One step of D, then one of G on the same noise -> both losses."""
     config, D = gan.run.config, gan.D
     fake = gan.G(noise, level)  # (B, C, h, w)
     real_score = judge(D, real, level)

@@ -129,7 +129,7 @@ def vqvae_plain(here: Inputs):
 
 
 def vqvae_monai(here: Inputs):
-    """MONAI's VQ-VAE with equal widths, K and D, no residual layers, and this project's loss."""
+    """MONAI's VQ-VAE: equal widths, K and D, no residual layers; with this project's loss."""
     from monai.networks.nets import VQVAE
 
     config, images = here.config, here.slices(128)
@@ -212,7 +212,7 @@ def maps_here(here: Inputs):
 
     @torch.no_grad()
     def maps():  # as `train.index_maps`
-        model.encode(unit_range(torch.from_numpy(pixels[:64])))
+        model.encode(unit_range(torch.from_numpy(np.array(pixels[:64]))))
 
     return maps, 64
 
@@ -306,7 +306,7 @@ def generate_here_alone(here: Inputs):
     return generate_here(here, refined=False)
 
 
-def generate_monai(here: Inputs):
+def generate_transformer(here: Inputs):
     """MONAI's transformer, of its tutorial's size. Token t costs a pass over t tokens.
 
     The sum over all tokens is Simpson's, from passes of five lengths: exact if the cost is

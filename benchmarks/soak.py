@@ -3,10 +3,10 @@
     python benchmarks/soak.py                     # 50 cycles of preset smoke
     python benchmarks/soak.py --cycles 5 --subjects 4 2 2 --vqvae-kimg 0.2 --gan-kimg 0.2
 
-A cycle starts or continues `driver.py` (any of its options, embedded data; a checkpoint every
-second) and ends it at a random moment: SIGKILL, one time in four SIGTERM. Every checkpoint must
-then be whole and no older than before; a finished run must equal an uninterrupted one, bit for
-bit, and a new one begins. The last line counts cycles, kills and losses; a loss is exit 1.
+A cycle starts or resumes `driver.py` (with any of its options; a checkpoint every second) and
+ends it at a random moment by SIGKILL, one time in four by SIGTERM. Then each checkpoint must be
+readable and no older than before. A finished run must equal an uninterrupted one bit for bit.
+Then a new run starts. The last line counts cycles, kills and losses; a loss is exit 1.
 """
 
 import argparse
@@ -28,23 +28,24 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cycles", type=int, default=50, help="starts in all [50]")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments [0]")
-    parser.add_argument("--out", default="runs/soak", help="a folder to be made [runs/soak]")
+    parser.add_argument("--cycles", type=int, default=50, help="number of starts [50]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
+    parser.add_argument("--out", default="runs/soak", help="a new folder [runs/soak]")
     arguments, options = parser.parse_known_args()
     return arguments, options or ["--preset", "smoke"]
 
 
-if __name__ == "__main__":  # a question for help must not wait for torch
+if __name__ == "__main__":  # --help must not wait for the import of torch
     ARGUMENTS, OPTIONS = parse()
 
 from config import Exit, UserError
 from support import checkpoints, endings, messages
 
-# driver.py itself, with more checkpoints, so that kills hit the saving of one
+# driver.py with more checkpoints, so that some kills hit the saving of one
 DRIVER = (
-    "import runpy, sys; sys.path.insert(0, {0!r}); import train; train.CHECKPOINT_EVERY_S = 1; "
-    "sys.argv[0] = 'driver.py'; runpy.run_path({0!r} + '/driver.py', run_name='__main__')"
+    "import runpy, sys; sys.path.insert(0, {0!r}); from stages import stage; "
+    "stage.CHECKPOINT_EVERY_S = 1; sys.argv[0] = 'driver.py'; "
+    "runpy.run_path({0!r} + '/driver.py', run_name='__main__')"
 )
 SAME = ("*_best.pt", "codes.npy", "codes.pt", "figures/*.png")
 
@@ -58,7 +59,7 @@ def start(folder: Path, options: list[str]) -> subprocess.Popen:
 
 
 def result(folder: Path) -> dict:
-    """What a run leaves, times and memory aside."""
+    """The files of a finished run, without times and memory."""
     seed = folder / "seed-0"
     found = {p.name: p.read_bytes() for name in SAME for p in sorted(seed.glob(name))}
     metrics = json.loads((seed / "metrics.json").read_text(encoding="utf-8"))
@@ -71,7 +72,7 @@ def result(folder: Path) -> dict:
 
 
 def seen(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Images seen by each stage's newest checkpoint, and what cannot be read."""
+    """Images seen by each stage's newest checkpoint, and messages about unreadable files."""
     newest, problems = {}, []
     for path in sorted(folder.glob("seed-*/*.pt")):
         try:
@@ -86,7 +87,7 @@ def seen(folder: Path) -> tuple[dict[str, int], list[str]]:
 
 
 class Soak:
-    """One folder after the other, killed and continued; counts what happens."""
+    """Kills and resumes one run after the other; counts ends and losses."""
 
     def __init__(self, folder: Path, options: list[str], seed: int):
         self.run, self.options, self.random = folder / "killed", options, random.Random(seed)
@@ -99,7 +100,7 @@ class Soak:
         self.seconds, self.wanted = time.monotonic() - begin, result(reference)
 
     def cycle(self):
-        """Start, wait, end, look."""
+        """Start or resume the run, end it, and check what it left."""
         fresh, begin = not self.run.exists(), time.monotonic()
         process = start(self.run, self.options)
         signum = signal.SIGTERM if self.random.random() < 0.25 else signal.SIGKILL
@@ -109,7 +110,7 @@ class Soak:
             process.send_signal(signum)
             code = process.wait()
         if code == 0:
-            if fresh:  # faster than the first, which may have made the data
+            if fresh:  # the first run may have made the data, so it took longer
                 self.seconds = min(self.seconds, time.monotonic() - begin)
             self.finished()
         elif code in (-signum, Exit.TERMINATED):
@@ -119,7 +120,7 @@ class Soak:
             self.losses.append(f"exit code {code}")
 
     def look(self):
-        """After a kill: everything whole, and nothing further back than it was."""
+        """After a kill: every checkpoint is readable, and none is older than before."""
         newest, problems = seen(self.run)
         self.losses += problems
         for stage, nimg in self.before.items():
@@ -130,7 +131,7 @@ class Soak:
         self.before = newest
 
     def finished(self):
-        """Compare with the uninterrupted run, and make room for the next."""
+        """Compare with the uninterrupted run, and remove the folder."""
         self.ends["finished"] += 1
         found = result(self.run)
         names = [k for k in {**self.wanted, **found} if found.get(k) != self.wanted.get(k)]
@@ -139,7 +140,7 @@ class Soak:
         self.losses += [f"{p} was damaged" for p in self.run.rglob("*.damaged-*")]
         if not names:
             shutil.rmtree(self.run)
-        else:  # kept, to be looked at
+        else:  # keep it for inspection
             self.run.rename(self.run.with_name(f"differs-{self.ends['finished']}"))
         self.before = {}
 
@@ -147,13 +148,13 @@ class Soak:
 def main():
     folder = Path(ARGUMENTS.out)
     if folder.exists():
-        raise UserError(Exit.BUSY, f"{folder} is there; remove it or choose another --out")
+        raise UserError(Exit.BUSY, f"{folder} exists; remove it or choose another --out")
     folder.mkdir(parents=True)
     soak = Soak(folder, OPTIONS, ARGUMENTS.seed)
     messages.say(f"an uninterrupted run takes {soak.seconds:.0f} s")
     for _ in messages.progress(range(ARGUMENTS.cycles), total=ARGUMENTS.cycles, label="cycles"):
         soak.cycle()
-    if code := start(soak.run, OPTIONS).wait():  # what was killed last is brought to its end
+    if code := start(soak.run, OPTIONS).wait():  # finish the last run
         soak.losses.append(f"exit code {code}")
     else:
         soak.finished()

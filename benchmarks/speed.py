@@ -16,15 +16,14 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import statistics
-import sys
 import tempfile
 import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 class Row(NamedTuple):
@@ -43,6 +42,7 @@ class Row(NamedTuple):
 
 STEP = "VQ-VAE training step, seed architecture, batch 128"
 SEARCH, OPEN = "code search, 32,768 vectors, K 512, D 64", "opening 9,664 PNG slices"
+LOADER = "cv2 in a DataLoader, one epoch"
 MAPS, DCGAN = "index maps from the memory map, float32", "DCGAN training step, batch 32"
 DRAW = "generation, noise to 256x256 slice"
 ALONE = "the same by DCGAN and VQ-VAE alone, no denoiser, no sharper decoder"
@@ -63,11 +63,11 @@ ROWS = (
     Row("SSIM as a metric, 64 slices", "ssim_here", "ssim_msssim", "slices/s", "3x"),
 )
 GROUPS = tuple(dict.fromkeys(row.group for row in ROWS))
-LABELS = {
-    "monai": "MONAI", "transformer": "MONAI's transformer, extrapolated",
-    "vqp": "vector-quantize-pytorch", "msssim": "pytorch-msssim",
-    "loader": "cv2 in a DataLoader, one epoch", "plain": "plain",
+LABELS = {  # of other sides, by the last part of their names
+    "monai": "MONAI", "transformer": "MONAI's transformer, extrapolated", "plain": "plain",
+    "vqp": "vector-quantize-pytorch", "msssim": "pytorch-msssim", "loader": LOADER,
 }  # fmt: skip
+ABSENT = "not installed: `pip install -r benchmarks/requirements.txt`"
 TURNS = 3
 TURN_S = 0.5  # a turn repeats its work for about this long
 TAMED = ", tamed"  # ends the key of another side that is measured with this project's malloc
@@ -87,7 +87,7 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":  # --help must not wait for the import of torch
     ARGUMENTS = parse()
 
-import sides
+import sides  # makes the project's own files importable
 import torch
 
 from config import Config
@@ -118,10 +118,7 @@ def turn(side: str) -> float:
     if isinstance(own, float):
         return own / items
     calls = max(1, int(TURN_S / (time.perf_counter() - begin)))
-    begin = time.perf_counter()
-    for _ in range(calls):
-        work()
-    seconds = (time.perf_counter() - begin) / calls
+    seconds = timeit.timeit(work, number=calls) / calls
     device.release_memory()  # the next side may need it
     return seconds / items
 
@@ -136,17 +133,15 @@ def sides_of(group: str) -> dict[str, bool]:
 
 def measure(group: str, cache: str, work: str) -> dict[str, list[float] | None]:
     """Seconds per item in every turn of every side; None if a library is not installed."""
-    spawn, sides = multiprocessing.get_context("spawn"), sides_of(group)
-    pools = {
-        side: ProcessPoolExecutor(1, spawn, start, (tamed, cache, work))
-        for side, tamed in sides.items()
-    }
-    seconds = {side: [] for side in sides}
-    for side in list(sides) * TURNS:
+    spawn, pools = multiprocessing.get_context("spawn"), {}
+    for side, tamed in sides_of(group).items():
+        pools[side] = ProcessPoolExecutor(1, spawn, start, (tamed, cache, work))
+    seconds = {side: [] for side in pools}
+    for side in list(pools) * TURNS:
         try:
             if seconds[side] is not None:
-                found = pools[side].submit(turn, side.removesuffix(TAMED)).result()
-                seconds[side].append(found)
+                future = pools[side].submit(turn, side.removesuffix(TAMED))
+                seconds[side].append(future.result())
         except ImportError:
             seconds[side] = None
     for pool in pools.values():
@@ -156,37 +151,27 @@ def measure(group: str, cache: str, work: str) -> dict[str, list[float] | None]:
 
 def machine() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or ['?'])[0]}, {os.cpu_count()} cores, torch {torch.__version__}"
+    name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{name[1] if name else '?'}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def table(found: dict) -> str:
     """The table between the `<!-- speed -->` marks of benchmarks/README.md, in Markdown."""
     seconds = {k: v for group in found["groups"].values() for k, v in group.items()}
     medians = {side: statistics.median(turns) for side, turns in seconds.items() if turns}
-    lines = ["| work | here | beside | there | times | times, with this malloc there | aim |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    head = "| work | here | beside | there | times | times, with this malloc there | aim |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
     for work, here, other, unit, aim in ROWS:
         mine, theirs, tamed = (medians.get(side) for side in (here, other, other + TAMED))
-        there = shown(theirs, unit)
-        if seconds.get(other, []) is None:
-            there = "not installed: `pip install -r benchmarks/requirements.txt`"
+        there = ABSENT if seconds.get(other, []) is None else shown(theirs, unit)
         cells = [work, shown(mine, unit), LABELS[other.rpartition("_")[2]], there]
-        lines.append(
-            "| " + " | ".join([*cells, times(mine, theirs), times(mine, tamed), aim]) + " |"
-        )
+        cells += [f"{number(s / mine)}x" if s and mine else "-" for s in (theirs, tamed)]
+        lines.append("| " + " | ".join([*cells, aim]) + " |")
     return "\n".join([*lines, "", f"Measured on {found['machine']}."])
 
 
 def shown(seconds: float | None, unit: str) -> str:
-    if seconds is None:
-        return "-"
-    return f"{number(seconds if unit == 's' else 1 / seconds)} {unit}"
-
-
-def times(here: float | None, there: float | None) -> str:
-    return f"{number(there / here)}x" if here and there else "-"
+    return f"{number(seconds if unit == 's' else 1 / seconds)} {unit}" if seconds else "-"
 
 
 def number(value: float) -> str:
@@ -195,10 +180,11 @@ def number(value: float) -> str:
 
 
 def main(arguments: argparse.Namespace):
-    out, found = Path(arguments.out), {"groups": {}, "machine": machine()}
+    out, found = Path(arguments.out), {"groups": {}, "machine": "?"}
     if out.exists():
-        found["groups"] = json.loads(out.read_text(encoding="utf-8"))["groups"]
+        found = json.loads(out.read_text(encoding="utf-8"))
     if not arguments.table:
+        found["machine"] = machine()
         out.parent.mkdir(parents=True, exist_ok=True)
         open_data(Config(cache=arguments.cache))  # makes the embedded set if it is missing
         with tempfile.TemporaryDirectory() as work:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import modules
 from config import Config
-from dataset import evenly, unit_range
-from modules import PIXELS, VQVAE, generator_of, start_at_he, start_awake
+from dataset import PIXELS, evenly, unit_range
+from modules import VQVAE, generator_of, start_at_he, start_awake
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.losses import Loss, random_corner, structural_loss
 from stages.stage import (

@@ -21,7 +21,7 @@ from torch.optim import SGD
 
 import modules
 import train
-from config import Config
+from config import PRESETS, Config
 from dataset import BrainSlices
 from stages.decoder import Decoding, decoder_batch, decoder_step
 from stages.denoiser import denoiser_batch, denoiser_step, make_denoiser
@@ -85,19 +85,28 @@ def vqvae_steps() -> dict:
     return moved(before, vqvae=model) | extra
 
 
-def without_files() -> train.Gan:
+def without_files(kind=train.Gan, config: Config = CONFIG) -> train.Gan:
     """Random maps and their code map, as if a run had made them; no networks yet."""
-    gan = train.Gan.__new__(train.Gan)
+    gan = kind.__new__(kind)
     data = SimpleNamespace(train=slices())
-    gan.run = SimpleNamespace(config=CONFIG, seed=0, device=CPU, data=data)
+    gan.run = SimpleNamespace(config=config, seed=0, device=CPU, data=data)
     draw = torch.Generator().manual_seed(1)
     codebook = torch.randn(64, 64, generator=draw)
     gan.counts = torch.ones(64).long()
-    gan.code_map = modules.CodeMap.fit(codebook, gan.counts, "coordinates", 4)
+    gan.code_map = modules.CodeMap.fit(codebook, gan.counts, config.order, config.map_channels)
     maps = torch.randint(64, (SLICES, 64, 64), generator=draw).short().numpy()
     gan.maps = Feed(maps, CPU)
     gan.levels = torch.from_numpy(data.train.levels)
     return gan
+
+
+ORIGINAL = PRESETS["classic"] | {"gan_widths": (8, 4), "gan_batch_size": 8, "codes": 64}
+
+
+def original_gan() -> train.OriginalGan:
+    """The original recipe with small networks; no networks yet."""
+    config = Config(precision="float32", **ORIGINAL)
+    return without_files(train.OriginalGan, config)
 
 
 def penalised(step: int) -> bool:

@@ -1,14 +1,18 @@
-"""The table of mappings: its orders are orders, and EXPERIMENTS.md shows what was measured."""
+"""The ablation: orders of codes, the autoregressive prior, the table of docs/experiments.md."""
 
-from functools import partial
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablate
+import numpy as np
 import pytest
 import torch
+from conftest import SMALL, script
+from pixelcnn import PixelCNN
 
 from config import Config
-from modules import CodeMap, Discriminator
+from modules import CodeMap
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +27,7 @@ def length(used, codebook):
     return codebook[used].diff(dim=0).norm(dim=1).sum().item()
 
 
-def test_the_salesman_goes_to_every_used_code_on_a_shorter_way():
+def test_the_salesman_visits_each_used_code_on_a_shorter_path():
     fitted, codebook, counts = some_codes()
     used, points = ablate.salesman_order(fitted, codebook, counts)
     assert sorted(used.tolist()) == sorted(fitted.used.tolist()) == list(range(1, 60))
@@ -33,7 +37,7 @@ def test_the_salesman_goes_to_every_used_code_on_a_shorter_way():
     assert torch.equal(code_map.decode(code_map.encode(maps)), maps)
 
 
-def test_a_kohonen_chain_is_an_order_shorter_than_the_codes_own():
+def test_a_kohonen_chain_is_shorter_than_the_order_of_numbers():
     fitted, codebook, counts = some_codes()
     used, _ = ablate.kohonen_order(fitted, codebook, counts)
     assert sorted(used.tolist()) == sorted(fitted.used.tolist())
@@ -61,51 +65,9 @@ def test_quantile_places_are_the_middles_of_shares_and_lose_no_code():
     assert torch.equal(code_map.decode(code_map.encode(maps)), maps)
 
 
-def test_without_jitter_the_bins_are_the_same():
-    fitted, codebook, counts = some_codes()
-    beside = CodeMap(*ablate.without_jitter(fitted, codebook, counts), 60)
-    assert fitted.even and not beside.even
-    u = torch.rand(1, 1, 50, 50, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert (fitted.decode(u) == beside.decode(u)).float().mean() > 0.999
-
-
-def test_soft_coordinates_are_codes_once_training_is_over():
-    points = torch.randn(30, 4)
-    G = ablate.SoftGenerator(Config(gan_widths=(4, 4)), points)
-    for module in G.modules():  # logits of some size
-        if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
-            module.weight.data.mul_(10)
-    noise, level = torch.randn(3, 100), torch.rand(3)
-    soft = G(noise, level)
-    assert soft.shape == (3, 4, 64, 64) and soft.requires_grad
-    hard = G.eval()(noise, level).permute(0, 2, 3, 1).flatten(0, 2)
-    soft = soft.detach().permute(0, 2, 3, 1).flatten(0, 2)
-    # By squares of differences: by products, which many points get, 0 is as far as 0.002.
-    far = partial(torch.cdist, x2=points, compute_mode="donot_use_mm_for_euclid_dist")
-    assert far(hard).amin(1).max() < 1e-3
-    assert far(soft).amin(1).max() > 0.1
-
-
-@pytest.mark.parametrize("h, w", [(64, 64), (56, 48)])
-def test_augmentation_moves_and_cuts_but_leaves_what_is_flat(h, w, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Discriminator, "forward", lambda self, u, level: seen.append(u))
-    D = ablate.AugmentedDiscriminator(4, 2, batch_norm=False)
-    flat, u = torch.full((5, 2, h, w), 0.7), torch.zeros(5, 2, h, w)
-    u[:, :, 20:44, 20:44] = torch.rand(5, 2, 24, 24) + 1
+def test_a_map_drawn_cell_by_cell_agrees_with_the_whole_network(monkeypatch):
     torch.manual_seed(0)
-    for x in (flat, u):
-        D(x, None)
-    assert torch.equal(seen[0], flat)
-    for before, after in zip(u, seen[1], strict=True):
-        assert set(after.unique().tolist()) <= set(before.unique().tolist())
-        assert not torch.equal(before, after)
-        assert (after != 0).sum() < (before != 0).sum()
-
-
-def test_a_drawn_map_is_what_the_whole_network_says_cell_by_cell(monkeypatch):
-    torch.manual_seed(0)
-    prior = ablate.PixelCNN(7, width=8).eval()
+    prior = PixelCNN(7, width=8).eval()
     prior.last.weight.data.mul_(20)  # far from ties
     monkeypatch.setattr(prior, "choose", lambda logits: logits.argmax(1))
     level = torch.tensor([0.1, 0.9])
@@ -115,8 +77,8 @@ def test_a_drawn_map_is_what_the_whole_network_says_cell_by_cell(monkeypatch):
     assert len(ranks.unique()) > 2
 
 
-def test_the_prior_sees_no_cell_that_comes_later():
-    prior, level = ablate.PixelCNN(7, width=8), torch.tensor([0.5])
+def test_the_prior_does_not_depend_on_later_cells():
+    prior, level = PixelCNN(7, width=8), torch.tensor([0.5])
     ranks = torch.randint(0, 7, (1, 12, 10))
     other = ranks.clone()
     other[0, 6, 5:], other[0, 7:] = (ranks[0, 6, 5:] + 1) % 7, (ranks[0, 7:] + 1) % 7
@@ -130,12 +92,63 @@ def test_pixels_are_enlarged_to_slices():
     torch.testing.assert_close(ablate.enlarge(None, levels), torch.full((2, 1, 256, 256), 0.2))
 
 
+def test_pixels_are_means_of_the_slices(tmp_path):
+    images = np.zeros((2, 256, 256), np.uint8)
+    images[1, :4, 4:8] = np.arange(16).reshape(4, 4)  # cell (0, 1), mean 7.5
+    train = SimpleNamespace(rows=np.arange(2))
+    run = SimpleNamespace(
+        data=SimpleNamespace(images=images, train=train), config=Config(),
+        path=lambda name: tmp_path / name,
+    )  # fmt: skip
+    values = ablate.write_pixels(run)
+    maps = np.load(tmp_path / "codes.npy")
+    assert maps.shape == (2, 64, 64) and maps[1, 0, 1] == 8 and maps.sum() == 8
+    assert values["counts"]["train"][[0, 8]].tolist() == [2 * 64 * 64 - 1, 1]
+    assert len(values["counts"]["train"]) == Config.codes
+
+
 def test_every_row_is_a_valid_configuration():
     for row in ablate.ROWS.values():
-        Config(**row.config)
+        Config(**ablate.ALONE | row.config)
 
 
-def test_the_table_of_the_csv_is_shown():
-    notes = (ROOT / "EXPERIMENTS.md").read_text(encoding="utf-8")
-    shown = notes.split("<!-- ablation -->")[1].split("<!-- /ablation -->")[0]
+def test_every_row_of_the_csv_has_a_label():
+    names = {row["row"] for row in ablate.read_rows()}
+    assert names <= {*ablate.ROWS, *ablate.EARLIER, *ablate.REFERENCES}
+
+
+def test_rows_of_another_base_are_lines_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "CSV", tmp_path / "ablation.csv")
+    one = dict.fromkeys(ablate.SCORES | ablate.EFFORT, 1.0) | {"row": "pc1"}
+    old, new = {"base": "a", "commit": "c1"}, {"base": "b", "commit": "c2"}
+    ablate.append([one | old | {"seed": 0}])
+    ablate.append([one | old | {"seed": 1, "recall": 2.0}, one | new | {"seed": 0}])
+    lines = ablate.table().splitlines()[2:]
+    assert [line.split(" | ")[-1] for line in lines] == ["c1 |", "c2 |"]
+    assert " 1.5 (0.71) " in lines[0] and "(" not in lines[1]
+
+
+@pytest.mark.slow
+def test_rows_are_trained_scored_and_added(slices, tmp_path, monkeypatch):
+    """Three kinds of rows on a tiny run; another start with the same rows does nothing."""
+    done = script("driver.py", "--data", slices, "--out", "out", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablate, "CSV", tmp_path / "ablation.csv")
+    monkeypatch.setattr(ablate, "SECONDS", 1)
+    monkeypatch.setitem(ablate.ALONE, "gan_kimg", 0.08)
+    names = ["coordinates", "no-contrast", "pc1", "autoregressive"]
+    command = ["ablate.py", "out/seed-0", "--rows", *names]
+    monkeypatch.setattr(sys, "argv", command)
+    for _ in range(2):
+        ablate.main(ablate.parse())
+        rows = ablate.read_rows()
+        assert [row["row"] for row in rows] == ["coordinates", *ablate.REFERENCES, *names[1:]]
+        assert all(row["fd_train"] and row["base"] for row in rows)
+    assert list(tmp_path.glob("runs/ablation/*/rows.png"))
+
+
+def test_the_page_shows_the_table_of_the_csv():
+    page = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- ablation -->")[1].split("<!-- /ablation -->")[0]
     assert shown.strip() == ablate.table()

@@ -84,14 +84,13 @@ def test_fresh_slices_of_new_people_score_as_real_ones(score):
     assert g["memorised_share"]["planted_copies"] == 1
     assert g["learned_memorised_share"]["planted_copies"] == 1
     assert g["c2st_auc"]["generated"] < 0.7 < g["c2st_auc"]["reconstruction"]
-    assert g["code_tv"]["generated"] < 0.05 > g["code_pairs_tv_vertical"]["generated"]
     assert g["level_error"]["generated"] < 0.2 and g["level_error"]["unseen_people"] < 0.2
     assert 0 < result["reconstruction"]["ssim"]["mean"] < 1
-    assert set(result["reconstruction"]["at_equal_bits"]) == {"n", "codes", "jpeg", "webp"}
     text = evaluation.table(result)
     assert all(label in text for label in evaluation.LABELS.values())
 
 
+@pytest.mark.slow
 def test_copies_of_training_slices_are_flagged_in_both_spaces(score, data):
     g = score(data.images[: 12 * LEVELS])["generation"]
     assert g["memorised_share"]["generated"] == 1
@@ -106,6 +105,7 @@ def test_an_encoder_is_not_shared_by_another_split(data, tmp_path):
     assert not torch.equal(first.features(x), second.features(x))
 
 
+@pytest.mark.slow
 def test_one_slice_again_and_again_fails_on_diversity(score):
     g = score(np.repeat(slices_of(1, 99)[4:5], 12 * LEVELS, 0))["generation"]
     assert g["recall"]["generated"] == 0 == g["learned_recall"]["generated"]
@@ -114,6 +114,7 @@ def test_one_slice_again_and_again_fails_on_diversity(score):
     assert g["level_error"]["generated"] > 1.5 * g["level_error"]["unseen_people"]
 
 
+@pytest.mark.slow
 def test_the_encoder_is_trained_once_and_a_damaged_one_again(data, tmp_path, capsys):
     first = evaluation.slice_encoder(data, tmp_path)
     x = data.test.batch(range(8))
@@ -128,16 +129,18 @@ def test_the_encoder_is_trained_once_and_a_damaged_one_again(data, tmp_path, cap
     assert torch.equal(first.features(x), third.features(x))
 
 
-def test_features_of_a_large_split_are_read_from_disk_and_are_the_same(monkeypatch):
+def test_a_split_is_measured_part_by_part_in_order(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (300, 8, 8), dtype=np.uint8)
-    rows = np.arange(300)
+    rows = np.arange(300)[::-1]
     split = BrainSlices(images, rows, rows.astype(str), np.full(300, np.nan, np.float32))
+    sizes = []
 
     def measure(x):
-        return x.flatten(1)[:, :5]
+        sizes.append(len(x))
+        return x.flatten(1)
 
-    in_memory = evaluation.on_disk(measure, split)
-    monkeypatch.setattr(evaluation, "LARGE", 0)
-    mapped = evaluation.on_disk(measure, split)
-    assert isinstance(mapped, np.memmap) and not isinstance(in_memory, np.memmap)
-    assert mapped.shape == (300, 5) and np.array_equal(mapped, in_memory)
+    found = evaluation.in_parts(measure, split)
+    assert torch.equal(found, split.batch(range(300)).flatten(1))
+    assert max(sizes) == evaluation.PART and sum(sizes) == 300
+    some = np.array([5, 2, 250])
+    assert torch.equal(evaluation.in_parts(measure, split, some), found[some])

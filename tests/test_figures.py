@@ -86,7 +86,8 @@ def test_saves_as_png_with_its_stamp(name):
 def test_needs_neither_display_nor_pyplot():
     """In a fresh process that asks for a windowing backend and has no screen."""
     script = (
-        "import io, sys, numpy as np, figures\n"
+        "import io, sys, numpy as np\n"
+        "from scores import figures\n"
         "fig = figures.strip(np.zeros((2, 256, 256)))\n"
         "fig.savefig(io.BytesIO(), format='png')\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'tkinter' not in sys.modules\n"
@@ -198,19 +199,20 @@ def test_blocks_of_unequal_length_are_refused():
 def test_grid_places_slices_row_by_row():
     x = slices(5)
     sheet = figures.grid(x, columns=3)
-    assert sheet.shape == (2 * 258, 3 * 258) and sheet.dtype == np.uint8
+    assert sheet.shape == (2 * 258 + 2, 3 * 258 + 2) and sheet.dtype == np.uint8
     for i, image in enumerate(x):
-        top, left = 1 + 258 * (i // 3), 1 + 258 * (i % 3)
+        top, left = 2 + 258 * (i // 3), 2 + 258 * (i % 3)
         cell = sheet[top : top + 256, left : left + 256]
         np.testing.assert_array_equal(cell, np.rint(255 * image))
-    assert not sheet[258:, 2 * 258 :].any()
+    assert not sheet[260:, 2 * 258 + 2 :].any()
 
 
 def test_drawings_are_small_enough_for_a_readme(tmp_path):
     """Made afresh in an empty folder, by the command that the script's opening lines give."""
     script = tmp_path / "draw.py"
     script.write_bytes((ROOT / "images" / "draw.py").read_bytes())
-    subprocess.run([sys.executable, script], check=True, stdout=subprocess.DEVNULL)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, script], check=True, stdout=subprocess.DEVNULL, env=env)
     for name in ("pipeline.png", "vqvae.png", "generator.png"):
         assert 1000 < (tmp_path / name).stat().st_size < 200_000
         assert (ROOT / "images" / name).exists()

@@ -349,7 +349,6 @@ def brute_prdc(real, fake, k):
     return {
         "precision": np.mean([any(h) for h in hits]),
         "recall": np.mean(back),
-        "density": np.sum(hits) / (k * len(fake)),
         "coverage": np.mean(near),
     }
 
@@ -365,9 +364,6 @@ def test_prdc_moves_the_way_its_definitions_say():
     real, again = normal(200, 4), normal(200, 4, 1)
     same = metrics.prdc(real, real)
     assert same["precision"] == same["recall"] == same["coverage"] == 1
-    assert same["density"] == pytest.approx(1.2)  # each fake lies in 5 balls and on a centre
-    independent = metrics.prdc(real, again)
-    assert independent["density"] == pytest.approx(1, abs=0.15)
     far = metrics.prdc(real, again + 100)
     assert set(far.values()) == {0}
     shrunken = metrics.prdc(real, again * 0.2)  # a collapsed generator
@@ -396,9 +392,8 @@ def test_feature_measures_of_a_set_itself_swapped_and_under_growing_noise(seed, 
     assert first < second < third
     first, second, third = (metrics.kid(a, b + step) for step in (0, 1, 3))
     assert first < second < third
-    for name in ("precision", "density"):
-        first, second, third = (metrics.prdc(a, x)[name] for x in worse)
-        assert first > second > third
+    first, second, third = (metrics.prdc(a, x)["precision"] for x in worse)
+    assert first >= second >= third and first > third
     first, second, third = (metrics.distance_to_nearest(x, a).mean() for x in worse)
     assert first < second < third
     shifted = [metrics.c2st_auc(a, b + step, groups) for step in (0, 1, 4)]
@@ -420,8 +415,6 @@ def test_set_measures_of_images_move_with_growing_noise(seed):
         real = features(x)
         distances = [metrics.frechet_distance(real, features(y)) for y in worse]
         assert distances[0] < 1e-9 and distances[0] < distances[1] < distances[2]
-    sliced = [metrics.sliced_wasserstein(x, y, seed)["96"] for y in worse]
-    assert sliced[0] < sliced[1] < sliced[2]
     spectrum = [metrics.radial_spectrum(y) for y in worse]
     apart = [metrics.spectrum_difference(spectrum[0], other, 40) for other in spectrum]
     assert apart[0] == 0 < apart[1] < apart[2]
@@ -579,17 +572,6 @@ def test_ssim_to_nearest_is_one_for_copies_only():
     assert score(x, 1) <= wanted
 
 
-def test_sliced_wasserstein_sees_blur_at_the_finest_level_first():
-    real, again = blobs(32, 0, 128), blobs(32, 1, 128)
-    floor = metrics.sliced_wasserstein(real, again)
-    assert list(floor) == ["128", "64", "32", "16", "mean"]
-    assert metrics.sliced_wasserstein(real, again) == floor  # a seed, no global randomness
-    grain = metrics.sliced_wasserstein(real, noisy(again, 0.1))
-    assert grain["128"] > 3 * floor["128"] and grain["16"] < 2 * floor["16"]
-    dark = metrics.sliced_wasserstein(real, again * 0.5)
-    assert dark["16"] > 3 * floor["16"]
-
-
 @pytest.mark.parametrize("cycles", [3, 20, 50])
 def test_a_sinusoid_lands_in_its_ring_with_its_power(cycles):
     wave = torch.cos(2 * math.pi * cycles * torch.arange(128) / 128)
@@ -638,26 +620,7 @@ def test_noise_floor_of_noise_alone_leaves_a_band():
 # --- codes, bits, codecs ------------------------------------------------------------------
 
 
-def test_total_variation_from_equal_to_disjoint():
-    a, b = np.array([2, 2, 0, 0]), np.array([0, 0, 1, 3])
-    assert metrics.total_variation(a, a * 7) == 0 and metrics.total_variation(a, b) == 1
-    assert metrics.total_variation(torch.tensor(a), torch.tensor([1, 0, 1, 0])) == 0.5
-    with pytest.raises(ValueError, match="non-empty"):
-        metrics.total_variation(a, 0 * a)
-
-
 histograms = st.lists(st.integers(0, 50), min_size=6, max_size=6).filter(any).map(np.array)
-
-
-@given(histograms, histograms, histograms)
-@settings(max_examples=100, deadline=None)
-def test_total_variation_is_a_distance_from_0_to_1(a, b, c):
-    tv = metrics.total_variation
-    assert tv(a, a) == 0 and tv(a, b) == tv(b, a) and 0 <= tv(a, b) <= 1 + 1e-12
-    assert tv(a, c) <= tv(a, b) + tv(b, c) + 1e-12
-    p, q = a / a.sum(), b / b.sum()
-    mixed = [tv(p, (1 - share) * p + share * q) for share in (0, 0.3, 1)]
-    assert mixed == pytest.approx([0, 0.3 * mixed[2], mixed[2]], abs=1e-12)
 
 
 @given(histograms)
@@ -668,46 +631,7 @@ def test_entropy_needs_no_more_bits_than_a_fixed_length_in_any_order(counts):
     assert metrics.bits_per_pixel(counts[::-1], 6)[1] == pytest.approx(entropy, abs=1e-12)
 
 
-@few
-@given(seeds, st.integers(2, 9))
-def test_code_pairs_match_brute_force(seed, codes):
-    generator = torch.Generator().manual_seed(seed)
-    maps = torch.randint(codes, (3, 4, 5), generator=generator)
-    right, below = np.zeros((codes, codes)), np.zeros((codes, codes))
-    for m in maps.tolist():
-        for i in range(4):
-            for j in range(5):
-                if j < 4:
-                    right[m[i][j], m[i][j + 1]] += 1
-                if i < 3:
-                    below[m[i][j], m[i + 1][j]] += 1
-    got = metrics.code_pairs(maps, codes)
-    np.testing.assert_array_equal(got[0].toarray(), right)
-    np.testing.assert_array_equal(got[1].toarray(), below)
-    wanted = metrics.total_variation(right, below)
-    assert metrics.total_variation(*got) == pytest.approx(wanted)
-
-
-def test_code_pairs_tell_shuffled_maps_from_ordered_ones():
-    ordered = torch.arange(64).div(8, rounding_mode="floor").expand(4, 64, 64)
-    shuffled = ordered.flatten(1)[:, torch.randperm(4096)].view(4, 64, 64)
-    single = [torch.bincount(m.flatten(), minlength=8) for m in (ordered, shuffled)]
-    assert metrics.total_variation(*single) == 0
-    pairs = [metrics.code_pairs(m, 8)[0] for m in (ordered, shuffled)]
-    assert metrics.total_variation(*pairs) > 0.5
-
-
 def test_bits_per_pixel_by_hand():
     assert metrics.bits_per_pixel(np.ones(512), 512) == (0.5625, 0.5625)
     fixed, entropy = metrics.bits_per_pixel(torch.tensor([3, 3, 0, 0]), 4, 64, 256)
     assert (fixed, entropy) == (2 / 16, 1 / 16)
-
-
-def test_jpeg_and_webp_use_the_bits_that_they_may_and_no_more():
-    x = noisy(blobs(3), 0.02)
-    low, high = metrics.jpeg_webp_at(x, 0.6), metrics.jpeg_webp_at(x, 1.2)
-    for name in ("jpeg", "webp"):
-        assert 0.4 < low[name]["bpp"] <= 0.6 < high[name]["bpp"] <= 1.2
-        assert low[name]["over"] == 0 and low[name]["ssim"] < high[name]["ssim"] < 1
-        assert low[name]["psnr"] < high[name]["psnr"]
-    assert metrics.jpeg_webp_at(x, 0.001)["jpeg"]["over"] == 1

@@ -1,53 +1,231 @@
-"""The README says what the code does, and the tree holds what it should."""
+"""The tree holds what it should, files import in one direction, the pages fit the code."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from config import PRESETS, Config
-from modules import architecture_table, make_vqvae
+from config import PRESETS
 from stages.stage import COLUMNS
+from support.cli import FIELDS, flag_of
 
 ROOT = Path(__file__).parent.parent
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (
-    "README.md", "EXPERIMENTS.md", "benchmarks/README.md",
-)}  # fmt: skip
-README = PAGES["README.md"]
-SCRIPTS = sorted(ROOT.glob("*.py"))
+CORE = "driver.py", "modules.py", "dataset.py", "train.py", "predict.py", "config.py"
+FOLDERS = "stages", "loading", "scores", "support"
+TOP = {
+    *CORE, *FOLDERS, "docs", "images", "benchmarks", "tests", ".ci", ".gitignore", "README.md",
+    "requirements.txt", "requirements-dev.txt", "pyproject.toml", "LICENSE",
+}  # fmt: skip
+OPTIONAL = {"pretrained", "CONTRIBUTING.md", "CHANGELOG.md"}
+SOURCE = [ROOT / name for name in CORE] + [
+    path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))
+]
+OTHERS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("images/*.py")])
+TESTS = sorted(ROOT.glob("tests/*.py"))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks/README.md"]
+TEXT = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in PAGES}
+README = TEXT["README.md"]
 
 
-def test_the_architecture_table_is_the_one_that_the_code_prints():
-    shown = README.split("<!-- architecture -->")[1].split("<!-- /architecture -->")[0]
-    assert shown.strip() == architecture_table(make_vqvae(Config()))
+def short(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
+
+# --- files --------------------------------------------------------------------------------
+
+
+def files_of_git() -> list[str]:
+    """Files that are in the repository, or would be after `git add`."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def test_the_top_folder_holds_the_core_and_a_few_folders():
+    assert {name.partition("/")[0] for name in files_of_git()} - OPTIONAL == TOP
+
+
+def test_no_data_or_weights_are_in_the_repository():
+    bad = (".pt", ".pth", ".npy", ".npz", ".nii", ".gz", ".hdr", ".img", ".safetensors")
+    names = [name for name in files_of_git() if not name.startswith("pretrained/")]
+    assert names and not [name for name in names if name.endswith(bad)]
+    assert not [name for name in names if (ROOT / name).stat().st_size > 1_500_000]
+
+
+def lines_of(paths) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def test_files_and_functions_are_short(capsys):
+    """At most 700 and 60 lines. Budgets of whole folders are printed only."""
+    long = {short(path): lines_of([path]) for path in SOURCE if lines_of([path]) > 700}
+    for path in SOURCE:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                long |= {f"{short(path)}: {node.name}": lines} if lines > 60 else {}
+    with capsys.disabled():
+        core, source, tests = map(lines_of, (SOURCE[: len(CORE)], SOURCE, TESTS))
+        print(
+            f"\nlines (budget): core {core} (2,300), source {source} (6,800), tests {tests} "
+            f"(6,500); words of the README: {len(README.split())} (2,500)"
+        )
+    assert long == {}
+
+
+# --- imports ------------------------------------------------------------------------------
+
+
+def module_of(path: Path) -> str:
+    return short(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+MODULES = {module_of(path): path for path in SOURCE}
+ORDER = [
+    "config", "support", "loading", ("scores.metrics", "dataset"), "modules", "stages", "train",
+    "scores", "predict", "driver",
+]  # fmt: skip
+
+
+def rank(module: str) -> int:
+    """The place of a module in ORDER; a module's own name counts before that of its folder."""
+    for name in (module, module.partition(".")[0]):
+        for place, entry in enumerate(ORDER):
+            if name == entry or (isinstance(entry, tuple) and name in entry):
+                return place
+    raise ValueError(f"{module} is not in ORDER")
+
+
+def imports(path: Path) -> set[str]:
+    """The full names of all imported modules, also those inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & set(MODULES)) or {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCE, ids=short)
+def test_a_file_imports_only_what_comes_before_it(path):
+    mine = module_of(path)
+    for other in imports(path) & set(MODULES):
+        assert rank(other) <= rank(mine), f"{mine} imports {other}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: imports(path) & set(MODULES) - {name} for name, path in MODULES.items()}
+    while leaves := {name for name, needs in graph.items() if not needs}:
+        graph = {name: needs - leaves for name, needs in graph.items() if name not in leaves}
+    assert graph == {}
+
+
+FORBIDDEN = {
+    "pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml",  # run code of files
+    "urllib", "requests", "http", "ftplib", "smtplib", "socketserver", "ssl", "asyncio",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [*SOURCE, *OTHERS], ids=short)
+def test_nothing_unsafe_is_called(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert name not in ("eval", "exec", "compile", "__import__", "os.system"), path
+        # imread returns half a JPEG without an error, and fails on some names.
+        assert name not in ("cv2.imread", "cv2.imwrite", "socket.socket"), path
+        assert not name.startswith(("torch.hub", "nilearn.datasets.fetch")), path
+        assert given.get("shell", "False") == "False", path
+        assert name != "torch.load" or given.get("weights_only") == "True", path
+        assert "allow_pickle" not in given, path
+    assert not {module.partition(".")[0] for module in imports(path)} & FORBIDDEN, path
+
+
+def test_importing_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(MODULES)}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout == "", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# What may stand outside of `Config`: purposes of random numbers, sizes that the architecture or
+# a file format fixes, and what changes no result.
+CONSTANTS = {
+    "WEIGHTS", "ORDER", "CROP", "REVIVE", "NOISE", "JITTER", "START", "MONITOR", "DENOISE",
+    "SHARPEN", "SAMPLE", "GRAIN", "MAP", "PIXELS", "STEP", "LEAST", "LEVEL_FEATURES",
+    "DRAW_BATCH", "CHECKPOINT_EVERY_S", "MIN_SLICES",
+}  # fmt: skip
+
+
+def test_training_has_no_constants_outside_the_configuration():
+    found = defaultdict(set)
+    for path in (ROOT / "modules.py", ROOT / "train.py", *(ROOT / "stages").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.Assign):
+                continue
+            parts = list(ast.walk(node))
+            values = [part.value for part in parts if isinstance(part, ast.Constant)]
+            if any(isinstance(value, int | float) for value in values):
+                found[short(path)] |= {p.id for p in parts if isinstance(p, ast.Name)}
+    extra = {n for names in found.values() for n in names if n.isupper()} - CONSTANTS
+    assert not extra, extra
+
+
+# --- pages --------------------------------------------------------------------------------
 
 # Of Slurm, torchrun and pip.
 FOREIGN = {
     "--array", "--requeue", "--signal", "--gres", "--mem", "--time", "--nodes", "--ntasks",
-    "--nproc", "--standalone", "--upgrade",
+    "--nproc", "--standalone", "--upgrade", "--index-url",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_flag_on_a_page_exists(page):
-    known = {"--" + f.name.replace("_", "-") for f in fields(Config)}
-    known |= {"--n", "--stage", "--help", "--level", "--volume"} | FOREIGN
-    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGES[page]))
-    assert shown <= known, shown - known
+def known_flags() -> set[str]:
+    """All flags of `Config` and of every `add_argument` in the repository."""
+    known = {flag_of(f) for f in FIELDS.values() if f.metadata["flag"]} | {"--help"} | FOREIGN
+    for path in [*SOURCE, *OTHERS]:
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', path.read_text("utf-8")))
+    return known
 
 
-def test_the_readme_names_every_file_preset_and_column():
-    for name in [path.name for path in SCRIPTS] + list(PRESETS) + list(COLUMNS):
-        assert f"`{name}`" in README, name
+@pytest.mark.parametrize("page", TEXT)
+def test_every_flag_and_field_on_a_page_exists(page):
+    shown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT[page]))
+    assert shown <= known_flags(), shown - known_flags()
+    fields = set(re.findall(r"--set (\w+)=", TEXT[page]))
+    assert fields <= set(FIELDS), fields - set(FIELDS)
 
 
-@pytest.mark.parametrize("page", PAGES)
+def test_every_source_file_is_named_in_the_readme():
+    names = [path.name for path in SOURCE if path.name != "__init__.py"]
+    assert [name for name in names if name not in README] == []
+
+
+def test_presets_and_columns_of_the_log_are_explained():
+    presets = README + TEXT["docs/quality.md"]
+    assert [name for name in PRESETS if f"`{name}`" not in presets] == []
+    assert [name for name in COLUMNS if f"`{name}`" not in TEXT["docs/faults.md"]] == []
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 2_500
+
+
+@pytest.mark.parametrize("page", TEXT)
 def test_local_links_and_pictures_exist(page):
-    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", PAGES[page]):
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", TEXT[page]):
         there = (ROOT / page).parent / target if target else ROOT / page
         assert there.exists(), target
         if heading:
@@ -60,76 +238,6 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-def test_presets_are_valid_and_differ_from_the_default():
-    default = Config()
-    for name, changes in PRESETS.items():
-        made = Config(preset=name, **changes)
-        assert all(getattr(default, k) != v for k, v in changes.items()), name
-        assert Config.from_dict(made.to_dict()) == made
-
-
-ORDER = [
-    "config", "embedded", "decoding", "modules", "optimizers", "metrics", "figures",
-    "processes", "runtime", "sources", "dataset", "train", "evaluation", "report", "sharing",
-    "results", "predict", "driver",
-]  # fmt: skip
-
-
-def imports(path: Path) -> set[str]:
-    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]
-    plain = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import)]
-    return {n.module for n in nodes} | {a.name for n in plain for a in n.names}
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)
-def test_a_file_imports_only_what_stands_to_its_left(path):
-    left = ORDER[: ORDER.index(path.stem)]
-    assert imports(path) & set(ORDER) <= set(left)
-
-
-FORBIDDEN = {
-    "pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml",  # objects of files
-    "urllib", "requests", "http", "ftplib", "smtplib", "socketserver", "ssl", "asyncio",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "path", [*SCRIPTS, *ROOT.glob("benchmarks/*.py"), *ROOT.glob("images/*.py")],
-    ids=lambda p: p.stem,
-)  # fmt: skip
-def test_nothing_unsafe_is_called(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Call):
-            continue
-        name = ast.unparse(node.func)
-        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
-        assert name not in ("eval", "exec", "compile", "__import__", "os.system"), path
-        # imread returns half a JPEG without a word, and fails on some names.
-        assert name not in ("cv2.imread", "cv2.imwrite", "socket.socket"), path
-        assert not name.startswith(("torch.hub", "nilearn.datasets.fetch")), path
-        assert given.get("shell", "False") == "False", path
-        assert name != "torch.load" or given.get("weights_only") == "True", path
-        assert "allow_pickle" not in given, path
-    assert not {module.partition(".")[0] for module in imports(path)} & FORBIDDEN, path
-
-
-def test_importing_does_nothing(tmp_path):
-    names = ", ".join(path.stem for path in SCRIPTS)
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {names}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0 and done.stdout == "" and list(tmp_path.iterdir()) == []
-
-
-def test_no_data_or_weights_are_tracked():
-    listing = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listing.returncode:
-        pytest.skip("not a git checkout")
-    names = [name for name in listing.stdout.split("\0") if name]
-    assert names
-    bad = (".pt", ".pth", ".npy", ".npz", ".nii", ".gz", ".hdr", ".img", ".safetensors")
-    assert not [name for name in names if name.endswith(bad)]
-    assert not [name for name in names if (ROOT / name).stat().st_size > 1_500_000]
+def test_continuous_integration_runs_the_test_command_of_the_readme():
+    command = "pip install -r requirements-dev.txt && pytest"
+    assert command in README and f'bash -c "{command}"' in (ROOT / ".ci/run").read_text()

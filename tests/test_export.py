@@ -51,7 +51,7 @@ def test_an_export_draws_the_same_bits_and_remembers_its_run(run, tmp_path):
     assert (back.seed, back.stamp, back.fingerprint) == (run.seed, PRIVATE, "f")
     example = cv2.imread(str(tmp_path / "shared/example.png"), cv2.IMREAD_UNCHANGED)
     sample = back.sample(1, seed=1)[1][0, 0].numpy()
-    np.testing.assert_array_equal(example[1:257, 1:257], np.rint(255 * sample))
+    np.testing.assert_array_equal(example[2:258, 2:258], np.rint(255 * sample))
 
 
 def test_the_card_says_whose_data_how_good_and_how_much_is_copied(run, tmp_path):
