@@ -145,7 +145,7 @@ class Config:
         2.0, "weight of the strength of detail in the loss", low=0, high=1e3
     )
     window_px: int = detail(
-        128, "side of the window that SSIM and patches use", low=32, high=256
+        128, "side of the window that SSIM and patches use", low=32, high=128
     )
     lr: float = option(2e-3, "learning rate", low=1e-8, high=1)
     batch_size: int = option(8, "slices per step, over all processes", low=1, high=65536)

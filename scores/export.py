@@ -105,54 +105,28 @@ these files: publish no image, slice, table or trained network made from it.
 Cite Marcus et al. 2007 for OASIS-1, LaMontagne et al. 2019 for OASIS-3."""
 
 
-def model_card(run) -> str:
-    """README.md of an export: model, data, scores, memorisation, licence."""
-    result = files.read_json(run.folder / "metrics.json")
-    data = files.read_json(run.folder.resolve().parent / "data_report.json")
-    g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
-    near, learned = g["memorised_share"], g["learned_memorised_share"]
-    numbers = near["generated"], learned["generated"], near["planted_copies"]
-    share, encoder, copies = (f"{100 * number:.1f} %" for number in numbers)
-    counts = "\n".join(
-        f"| {part} | {data['subjects'][part]} | {data['slices'][part]} |"
-        for part in data["subjects"]
-    )
-    reconstruction = "\n".join(
-        f"| {label} | {r[name]['mean']:.3f} | {r[name]['sd']:.3f} |"
-        for name, label in evaluation.IMAGE_LABELS.items()
-    )
-    generation = "\n".join(
-        f"| {evaluation.LABELS[name]} | {' | '.join(cells)} |"
-        for name, cells in evaluation.generation_rows(g)
-    )
-    stamp = f"**{run.stamp}**\n\n" if run.stamp else ""
-    and_denoiser = ", and a denoiser that corrects neighbouring cells" * bool(run.denoiser)
-    made_up = (
-        "\nFine texture is typical, not true, in reconstructions too: the decoder learned it"
-        "\nfrom a discriminator, and no index map holds it."
-    ) * (run.config.decoder_kimg > 0)
-    licence = PRIVATE_LICENCE if run.stamp else EMBEDDED_LICENCE
-    return f"""# Brain MRI slices from a codebook: VQ-VAE and DCGAN
+CARD = """\
+# Brain MRI slices from a codebook: VQ-VAE and DCGAN
 
-{stamp}![Samples 0 to 7 of seed 1]({EXAMPLE})
+{stamp}![Samples 0 to 7 of seed 1]({example})
 
-A VQ-VAE with {c["codes"]} codes, a DCGAN that draws its index maps{and_denoiser}:
-axial slices of 256x256 of people who do not exist. Preset `{run.config.preset}`, seed
-{run.seed}; every setting is in
-`config.json`. `{WEIGHTS}` holds only numbers: loading it runs no code.
+A VQ-VAE with {codes} codes, a DCGAN that draws its index maps{and_denoiser}:
+axial slices of 256x256 of people who do not exist. Preset `{preset}`, seed
+{seed}; every setting is in `config.json`.
+`{weights}` holds only numbers: loading it runs no code.
 
 ```python
 from predict import load_run
 
 run = load_run("this folder")
-maps, brains = run.sample(8, seed=1)  # {EXAMPLE}: (8, 1, 256, 256) in [0, 1]
+maps, brains = run.sample(8, seed=1)  # {example}: (8, 1, 256, 256) in [0, 1]
 ```
 
 Not for medical use: samples show nobody.{made_up}
 
 ## Data
 
-Source: {data["source"]}; split {data["split"]}; {len(data["skipped"])} files skipped.
+Source: {source}; split {split}; {skipped} files skipped.
 
 | part | subjects | slices |
 | --- | --- | --- |
@@ -160,13 +134,13 @@ Source: {data["source"]}; split {data["split"]}; {len(data["skipped"])} files sk
 
 ## Scores
 
-{g["n"]} slices of each kind; unseen people are real slices of other subjects.
+{n} slices of each kind; unseen people are real slices of other subjects.
 
 | generation | generated | reconstructions | real | unseen people |
 | --- | --- | --- | --- | --- |
 {generation}
 
-| reconstruction of {r["n"]} test slices | mean | sd |
+| reconstruction of {n_test} test slices | mean | sd |
 | --- | --- | --- |
 {reconstruction}
 
@@ -179,6 +153,42 @@ Source: {data["source"]}; split {data["split"]}; {len(data["skipped"])} files sk
 
 {licence}
 """
+
+
+def model_card(run) -> str:
+    """README.md of an export: model, data, scores, memorisation, licence."""
+    result = files.read_json(run.folder / "metrics.json")
+    data = files.read_json(run.folder.resolve().parent / "data_report.json")
+    g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
+    near, learned = g["memorised_share"], g["learned_memorised_share"]
+    numbers = near["generated"], learned["generated"], near["planted_copies"]
+    share, encoder, copies = (f"{100 * number:.1f} %" for number in numbers)
+    counts = [(p, data["subjects"][p], data["slices"][p]) for p in data["subjects"]]
+    generation = [
+        (evaluation.LABELS[name], *cells) for name, cells in evaluation.generation_rows(g)
+    ]
+    reconstruction = [
+        (label, f"{r[name]['mean']:.3f}", f"{r[name]['sd']:.3f}")
+        for name, label in evaluation.IMAGE_LABELS.items()
+    ]
+    made_up = (
+        "\nFine texture is typical, not true, in reconstructions too: the decoder learned it"
+        "\nfrom a discriminator, and no index map holds it."
+    ) * (run.config.decoder_kimg > 0)
+    return CARD.format(
+        stamp=f"**{run.stamp}**\n\n" if run.stamp else "", example=EXAMPLE, weights=WEIGHTS,
+        and_denoiser=", and a denoiser that corrects neighbouring cells" * bool(run.denoiser),
+        codes=c["codes"], preset=run.config.preset, seed=run.seed, made_up=made_up,
+        source=data["source"], split=data["split"], skipped=len(data["skipped"]),
+        counts=rows(counts), n=g["n"], n_test=r["n"], generation=rows(generation),
+        reconstruction=rows(reconstruction), share=share, encoder=encoder, copies=copies,
+        licence=PRIVATE_LICENCE if run.stamp else EMBEDDED_LICENCE,
+    )  # fmt: skip
+
+
+def rows(table: list[tuple]) -> str:
+    """Rows of a Markdown table."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in table)
 
 
 # --- a volume -----------------------------------------------------------------------------

@@ -386,6 +386,7 @@ def ms_ssim_of_pairs(x: Tensor, pairs: int = 1000, seed: int = 0) -> float:
     check_images(x)
     if len(x) < 2:
         raise ValueError("ms_ssim_of_pairs: at least 2 images needed")
+    pairs = min(pairs, len(x) * (len(x) - 1) // 2)
     rng = np.random.default_rng(seed)
     first = rng.integers(len(x), size=pairs)
     second = (first + rng.integers(1, len(x), size=pairs)) % len(x)

@@ -109,8 +109,7 @@ def _assignment(text: str) -> tuple[str, object]:
     """NAME=VALUE -> (name, value), checked."""
     name, _, value = text.partition("=")
     if name not in FIELDS or isinstance(FIELDS[name].default, bool):
-        known = ", ".join(name for name, f in FIELDS.items() if not _has_flag(f))
-        raise argparse.ArgumentTypeError(f"{name!r} is no field; choose one of {known}")
+        raise argparse.ArgumentTypeError(f"{name!r} is no field of config.py with a value")
     f = FIELDS[name]
     many = isinstance(f.default, tuple)
     kind = type(f.default[0] if many else f.default)

@@ -103,6 +103,7 @@ def wait_for(path: Path, rows: int, process):
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 def test_two_processes_continue_bit_for_bit(together, slices, tmp_path):
     """SIGTERM as a cluster sends it, in two stages; then the same command once more."""
     options = ["--stage", "all", "--data", slices, "--out", "out", *SMALL]
@@ -139,6 +140,7 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_and_checkpoints_are_intact(slices, tmp_path):
     flags = ["--stage", "all", "--data", slices, "--out", "out", *SMALL]
     flags[flags.index("--decoder-kimg") + 1] = "4"  # long enough to be killed in it
