@@ -328,7 +328,8 @@ def test_a_full_disk_at_figures_costs_only_the_figures(
         json.loads((place / "out/seed-0/metrics.json").read_text())
         for place in (tmp_path, finished[0])
     )
-    assert written["generation"] == before["generation"]
+    for name, scores in before["generation"].items():  # another number of threads rounds
+        assert written["generation"][name] == pytest.approx(scores, rel=1e-4, abs=1e-6), name
 
 
 def test_a_full_disk_at_a_log_line_does_not_end_the_run(tmp_path, capsys):
