@@ -23,7 +23,7 @@ SUBJECTS, TIMES = (40, 8, 8), 10
 OPTIONS = [
     "--codes", "16", "--widths", "4", "4", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
     "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2",
-    "--denoiser-kimg", "0.2", "--samples", "64",
+    "--decoder-kimg", "0.2", "--denoiser-kimg", "0.2", "--samples", "64",
 ]  # fmt: skip
 # The driver, with an encoder for scores that is trained on 640 slices instead of 24,000. Freed
 # memory goes back to the kernel at once: holes in the heap differ from run to run.
