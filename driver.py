@@ -58,9 +58,8 @@ def main(arguments):
 
 def known_rows(folder: Path, seeds: range, config: Config, data: Data) -> dict[int, dict]:
     """The row of results.json of each seed in the folder and of each of `seeds`."""
-    there = {int(p.name[5:]) for p in folder.glob("seed-*") if p.name[5:].isdigit()}
-    n = slices_compared(config, data)
-    return {seed: results.row_of(folder, seed, n) for seed in sorted(there | set(seeds))}
+    n, every = slices_compared(config, data), {*runs.seeds_in(folder), *seeds}
+    return {seed: results.row_of(folder, seed, n) for seed in sorted(every)}
 
 
 def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:

@@ -55,7 +55,7 @@ from stages.stage import (
     require_file,
     seeded,
     update_average,
-)  # fmt: skip
+)
 from support import checkpoints, device, distributed, endings, files, messages, runs
 from support.muon import make_optimizer
 

@@ -211,10 +211,10 @@ class Scorer:
         self.rows["validation"] = other.permutation(len(data.validation))[:n]
         self.rows["test"] = other.permutation(len(data.test))[:n]
         self.units = self.unit_of_each(order[: 4 * n])
-        self.sets = {"train": self.describe(data.train.batch(self.rows["train"]))}
+        self.sets = {"train": self.described(data.train.batch(self.rows["train"]))}
         real = data.train.batch(self.rows["real"])
-        self.sets["real"] = self.describe(real)
-        self.sets["reconstruction"] = self.describe(run.reconstruct(real)[1])
+        self.sets["real"] = self.with_pairs(real)
+        self.sets["reconstruction"] = self.with_pairs(run.reconstruct(real)[1])
         for name, split in (("validation", data.validation), ("test", data.test)):
             self.sets[name] = self.features_of(split.batch(self.rows[name]))
         # Copies of any training slice count, not only of those in "train".
@@ -232,7 +232,7 @@ class Scorer:
         images = run.sample(self.n)[1]
         self.level_asked, self.conditional = run.noise(self.n)[1], run.conditional
         self.first = images[:NEAREST].clone()
-        self.sets["generated"] = self.describe(images)
+        self.sets["generated"] = self.with_pairs(images)
         self.measure_nearest("generated")
 
     def measure_nearest(self, name: str):
@@ -264,10 +264,15 @@ class Scorer:
             level_seen=learned[:, -1],
         )
 
-    def describe(self, images: Tensor) -> Described:
-        """`features_of`, with spectrum and pairs."""
+    def described(self, images: Tensor) -> Described:
+        """`features_of`, with the spectrum."""
         found = self.features_of(images)
         found.spectrum = metrics.radial_spectrum(images)
+        return found
+
+    def with_pairs(self, images: Tensor) -> Described:
+        """`described`, with the pairs, which take most of the time."""
+        found = self.described(images)
         found.pairs = metrics.ms_ssim_of_pairs(images)
         return found
 

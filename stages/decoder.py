@@ -18,7 +18,7 @@ from config import Config
 from dataset import PIXELS, evenly, unit_range
 from modules import VQVAE, generator_of, start_at_he, start_awake
 from stages.index_maps import RealMaps, trained_vqvae
-from stages.losses import Loss, random_corner, structural_loss
+from stages.losses import Loss, loss_of, random_corner
 from stages.stage import (
     SHARPEN,
     Feed,
@@ -58,7 +58,7 @@ def widen_decoder(model: VQVAE, config: Config) -> VQVAE:
     """
     half, full = map(max, config.widths[2:], config.decoder_widths)
     blocks = [ResidualBlock(half) for _ in range(config.residual_blocks)]
-    upsampling = "bilinear" if config.original else "nearest"
+    upsampling = model.decoder[-1].upsampling
     wide = modules.make_decoder(config.code_dim, half, full, upsampling, *blocks)
     wide.apply(start_awake)
     for block in blocks:
@@ -159,7 +159,7 @@ def train_decoder(run: Run):
     )
     if stage.step == 0:  # the score of stage 1 sets the bar
         measure_decoder(average, real, stage)
-    loss = structural_loss(config)
+    loss = loss_of(run.data.train, config)
     step = device.Recorded(functools.partial(decoder_step, decoding, config, loss))
     while not stage.done:
         lr = stage.lr(config.decoder_lr)

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from config import PRESETS, Config, Exit, check_field
 
 FIELDS = {f.name: f for f in fields(Config)}
+BY_SET = {name: f for name, f in FIELDS.items() if not f.metadata["flag"]}
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,21 +41,15 @@ def add_options(parser: argparse.ArgumentParser, names=None, **shown):
     for f in FIELDS.values():
         if names is None and f.metadata["heading"]:
             group = parser.add_argument_group(f.metadata["heading"])
-        if f.metadata["flag"] if names is None else f.name in names:
+        if f.name not in BY_SET if names is None else f.name in names:
             _add_flag(group, f, shown.get(f.name, _show(f.default)))
     if names is None:
-        rest = ", ".join(
-            f"{f.name}={_show(f.default, ',')}" for f in FIELDS.values() if not _has_flag(f)
-        )
+        rest = ", ".join(f"{name}={_show(f.default, ',')}" for name, f in BY_SET.items())
         parser.add_argument(
             "--set", action="append", default=[], type=_assignment, metavar="NAME=VALUE",
             help="set another field of config.py, which explains it; several numbers by "
             f"commas; repeatable [{rest}]",
         )  # fmt: skip
-
-
-def _has_flag(f) -> bool:
-    return f.metadata["flag"]
 
 
 def _add_flag(group, f, default: str):
@@ -129,7 +124,7 @@ def flags(config: Config) -> list[str]:
         value = getattr(config, f.name)
         if value == getattr(preset, f.name):
             continue
-        if not _has_flag(f):
+        if f.name in BY_SET:
             words += ["--set", f"{f.name}={','.join(_words(value))}"]
         else:
             words += [flag_of(f)] if value is True else [flag_of(f), *_words(value)]

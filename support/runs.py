@@ -136,9 +136,7 @@ def _default_folder(config: Config, mine: dict) -> Path:
 
 def _next_seed(folder: Path, first: int) -> int:
     """Return the lowest unfinished seed in the folder, else the seed after the highest one."""
-    names = [path.name.removeprefix("seed-") for path in folder.glob("seed-*")]
-    seeds = sorted(int(name) for name in names if name.isdecimal())
-    diverged = _diverged_seeds(folder)
+    seeds, diverged = seeds_in(folder), _diverged_seeds(folder)
     for seed in seeds:
         if seed not in diverged and not (folder / f"seed-{seed}" / "metrics.json").exists():
             say(f"continuing seed {seed} in {folder}")
@@ -147,6 +145,12 @@ def _next_seed(folder: Path, first: int) -> int:
         return first
     say(f"the runs in {folder} are finished; adding seed {seeds[-1] + 1}")
     return seeds[-1] + 1
+
+
+def seeds_in(folder: Path) -> list[int]:
+    """Return the numbers of the seed-* folders in a results folder, in order."""
+    names = [path.name.removeprefix("seed-") for path in folder.glob("seed-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _diverged_seeds(folder: Path) -> set[int]:

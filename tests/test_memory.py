@@ -1,4 +1,4 @@
-"""Memory grows by the features only: the whole driver, on ten times as many slices."""
+"""Memory hardly grows with the data: the whole driver, on ten times as many slices."""
 
 import json
 import os
@@ -86,5 +86,4 @@ def test_ten_times_the_slices_take_no_more_memory(tmp_path):
     small = peak_anonymous_mb(tmp_path / "small", SUBJECTS)
     large = peak_anonymous_mb(tmp_path / "large", tuple(TIMES * n for n in SUBJECTS))
     print(f"anonymous, at most: {small:.0f} MB, of {TIMES} times the slices {large:.0f} MB")
-    features = 4 * (176 + 64) * SUBJECTS[0] * 32 * (TIMES - 1) / 2**20
-    assert large < 1.05 * small + 3 * features  # kept, joined, searched in float64
+    assert large < 1.05 * small

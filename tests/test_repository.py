@@ -188,7 +188,7 @@ def test_training_has_no_constants_outside_the_configuration():
 # Of Slurm, torchrun and pip.
 FOREIGN = {
     "--array", "--requeue", "--signal", "--gres", "--mem", "--time", "--nodes", "--ntasks",
-    "--nproc", "--standalone", "--upgrade", "--index-url",
+    "--nproc", "--standalone", "--upgrade",
 }  # fmt: skip
 
 
