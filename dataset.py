@@ -16,14 +16,15 @@ import torch
 
 from config import Config, Exit, UserError
 from loading import embedded
-from loading.cache import cached, check_skipped, decoded, remove_stale
-from loading.decoding import Unreadable, peak_16bit, printable, read_file
+from loading.cache import cached, check_skipped, decoded, ends_by_series, remove_stale
+from loading.decoding import Unreadable, peak_16bit, read_file
 from loading.sources import PARTS, Item, assign_parts, find, stable_hash
-from support.messages import say, warn
+from support.messages import printable, say, warn
 
 MAP = 64  # cells on a side of an index map
 PIXELS = 4  # on a side of a cell
 STEP, LEAST = 8, 32  # cells: a crop's sides are multiples of STEP, and at least LEAST
+DARK = 32  # of 255: a slice with under 1 % of brighter pixels is blank or black
 PRIVATE = "contains training data, do not publish"
 SLICE_SPLIT = "split by slice, not by subject: every score is inflated"
 
@@ -151,13 +152,42 @@ def _open_folder(config: Config) -> Data:
     images, fingerprint, table = decoded(config, items)
     skipped = check_skipped(config, items, table)
     report["skipped"] = [{"file": printable(n), "reason": why} for n, why in skipped.items()]
-    kept = [item for item in items if item.name not in skipped]
-    counts = [count for count in table if not isinstance(count, str)]
+    kept = [i for i, row in zip(items, table, strict=True) if not isinstance(row, str)]
+    counts = [row for row in table if not isinstance(row, str)]
+    if labels := len(items) - len(kept) - len(skipped):
+        report["ignored"]["label maps"] = labels
     report["split"], notes = assign_parts(kept, config)
     report["notes"] += notes
+    _check_pixels(images)
     columns = [i.subject for i in kept], [i.part or "" for i in kept], [i.series for i in kept]
     rows = [np.repeat(column, counts) for column in columns]
     return _data(config, images, fingerprint, *rows, report)
+
+
+def _check_pixels(images: np.ndarray):
+    """Look at 256 slices and warn of odd ones. Raises UserError if most of them are black."""
+    seen = np.array(images[evenly(len(images), 256)])
+    black = float(((seen > DARK).mean(axis=(1, 2)) < 0.01).mean())
+    brightest = int(seen.max())
+    if black > 0.5:
+        raise UserError(
+            Exit.DATA,
+            f"{black:.0%} of the decoded slices are blank or black (brightest pixel "
+            f"{brightest} of 255): raise the grey levels of the files, or check what they hold",
+        )
+    if black > 0.1:
+        warn(f"{black:.0%} of the decoded slices are blank or black; see decoded.png")
+    if brightest < 128:
+        warn(
+            f"the brightest pixel of the decoded slices is {brightest} of 255; see decoded.png"
+        )
+    lit = seen[::4] > 0
+    between = (
+        np.maximum.accumulate(lit, 2) & np.maximum.accumulate(lit[..., ::-1], 2)[..., ::-1]
+    )
+    holes = float((between & ~lit).sum() / max(1, between.sum()))
+    if holes > 0.4:
+        warn(f"{holes:.0%} of the pixels inside the heads are black; see decoded.png")
 
 
 def _data(config: Config, images, fingerprint: str, subjects, parts, series, report) -> Data:
@@ -174,6 +204,10 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
         "overlap": [],  # always empty: an overlap has raised UserError
         "fingerprint": fingerprint,
     }
+    if len(images) >= 64 and np.isnan(levels).all():
+        report["notes"].append(
+            "no slice levels: no two files are slices of one series, so --level cannot be used"
+        )
     stamps = [PRIVATE] if config.data else []
     stamps += [SLICE_SPLIT] if report["split"].startswith("by slice") else []
     data = Data(
@@ -228,12 +262,14 @@ def read_slices(path: str | Path, config: Config) -> np.ndarray:
     if os.path.isfile(path):
         if path.suffix.lower() == ".img":  # nibabel opens the header, which names the pixels
             path = path.with_suffix(".HDR" if path.suffix == ".IMG" else ".hdr")
-        items = [Item(str(path.parent), path.name)]
+        items = [Item(str(path.parent), path.name, series=path.name)]
     else:
         items, _ = find(path, config, subjects=False)
     try:
         peak = max(peak_16bit(item.path) for item in items)
-        read = [read_file(item.path, config.slices, config.axis, peak, set()) for item in items]
-        return np.concatenate(read)
+        ends_of, axis = ends_by_series(items, config.axis), config.axis
+        return np.concatenate(
+            [read_file(i.path, config.slices, axis, peak, set(), ends_of(i)) for i in items]
+        )
     except (Unreadable, OSError) as problem:
         raise UserError(Exit.DATA, f"{path}: {problem}") from None

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import predict
 import train
-from dataset import Data, open_data
-from scores import results
+from dataset import Data, evenly, open_data
+from scores import figures, results
 from scores.evaluation import slices_compared
 from stages.stage import Run, open_seed
 from support import device, distributed, endings, files, messages, runs
@@ -46,6 +46,7 @@ def main(arguments):
     )
     with runs.writing_alone(folder):
         messages.say(f"results: {folder}")
+        distributed.first(lambda: draw_decoded(folder, data))
         rows = distributed.first(lambda: known_rows(folder, seeds, config, data))
         waiting = [seed for seed in seeds if rows[seed]["status"] == "unfinished"]
         for seed in waiting:
@@ -54,6 +55,15 @@ def main(arguments):
         if not waiting:
             distributed.first(lambda: publish(folder, rows, seeds, data, config))
         distributed.first(lambda: conclude(folder))
+
+
+def draw_decoded(folder: Path, data: Data):
+    """Draw 24 training slices with their levels, to be looked at before an hour of training."""
+    path, chosen = folder / "decoded.png", evenly(len(data.train), 24)
+    if not path.exists():
+        images = data.train.batch(chosen)[:, 0].numpy()
+        labels = [f"level {level:.2f}" for level in data.train.levels[chosen]]
+        files.save_figure(path, lambda: figures.strip(images, labels, data.stamp))
 
 
 def known_rows(folder: Path, seeds: range, config: Config, data: Data) -> dict[int, dict]:

@@ -267,7 +267,7 @@ def index_maps(model: VQVAE, run: Run) -> Iterator[np.ndarray]:
 def write_code_map(model: VQVAE, run: Run, weights: int):
     """Write codes.pt, from codes.npy: used codes, their places, the crop, slice levels."""
     config, data = run.config, run.data
-    maps = np.load(run.path("codes.npy"), mmap_mode="r")
+    maps = files.mapped(run.path("codes.npy"))
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     counts = {name: histogram(maps, split.rows, config.codes) for name, split in splits.items()}
     black = torch.zeros(1, 1, 256, 256)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +18,22 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, Exit, UserError
-from loading.decoding import SIDE, Unreadable, peak_16bit, printable, read_file
+from loading.decoding import (
+    LABELS,
+    SIDE,
+    Ends,
+    Unreadable,
+    check_head_size,
+    open_volume,
+    peak_16bit,
+    read_file,
+    series_ends,
+)
 from loading.sources import LAYOUTS, Item, stable_hash
-from support.files import is_orphan, replacing, write_json, write_npy_header
-from support.messages import progress, warn
+from support.files import is_orphan, mapped, replacing, write_json, write_npy_header
+from support.messages import printable, progress, warn
 
-CACHE_FORMAT = 1  # raise it if the same files would decode to other pixels
+CACHE_FORMAT = 2  # raise it if the same files would decode to other pixels
 
 
 def decoded(config: Config, items: list[Item]) -> tuple[np.ndarray, str, list]:
@@ -43,13 +54,16 @@ def decoded(config: Config, items: list[Item]) -> tuple[np.ndarray, str, list]:
     fingerprint = _seen_fingerprint(seen)
     if fingerprint and (found := _load(cache / f"{fingerprint}.npy", len(items))):
         return found[0], fingerprint, found[1]
+    check_skipped(config, items, list(map(_header_problem(config.axis), items)))
     digests, peaks = zip(*_pooled(items, _survey, "reading"), strict=True)
     names = [item.name for item in items]
     fingerprint = stable_hash(settings, list(zip(names, digests, strict=True)))
     peak, greys = max(peaks), set()
 
+    ends_of = ends_by_series(items, config.axis)
+
     def read(item: Item):
-        return read_file(item.path, config.slices, config.axis, peak, greys)
+        return read_file(item.path, config.slices, config.axis, peak, greys, ends_of(item))
 
     def check(table: list):
         check_skipped(config, items, table)
@@ -76,6 +90,29 @@ def _listing(items: list[Item]) -> list:
         except OSError:
             found.append(None)
     return found
+
+
+def ends_by_series(items: list[Item], axis: int) -> Callable[[Item], Ends | None]:
+    """Return a function: the window of an item's series, if volume files hold single slices."""
+    scans = defaultdict(list)
+    for item in items:
+        if item.is_volume and item.series != item.name:
+            scans[item.series].append(item.path)
+    return lambda item: series_ends(tuple(s), axis) if (s := scans.get(item.series)) else None
+
+
+def _header_problem(axis: int) -> Callable[[Item], int | str]:
+    """Return a function that checks an item's header: why it cannot be used, else 0."""
+
+    def problem(item: Item) -> int | str:
+        if item.is_volume:
+            try:
+                check_head_size(open_volume(item.path, axis))
+            except Unreadable as found:
+                return str(found)
+        return 0
+
+    return problem
 
 
 def _seen_fingerprint(path: Path) -> str | None:
@@ -159,7 +196,7 @@ def _load(path: Path, jobs: int) -> tuple[np.ndarray, list] | None:
     """Return memory map and table, or None if they are missing, truncated or of other data."""
     try:
         meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        images, table = np.load(path, mmap_mode="r"), meta["table"]
+        images, table = mapped(path), meta["table"]
         whole = images.shape == (_count(table), SIDE, SIDE) and images.dtype == np.uint8
         ours = meta["fingerprint"] == path.stem and len(table) == jobs
         return (images, table) if whole and ours else None
@@ -190,12 +227,14 @@ def _pooled(jobs: list, work: Callable, label: str) -> Iterator:
 
 
 def check_skipped(config: Config, items: list[Item], table: list) -> dict[str, str]:
-    """Return {name: reason} of the unreadable files.
+    """Return {name: reason} of the unreadable files. Label maps are not counted.
 
     Raises UserError if they are more than 1 % of all files, or if there are any with --strict.
     """
     pairs = zip(items, table, strict=True)
-    skipped = {item.name: reason for item, reason in pairs if isinstance(reason, str)}
+    skipped = {
+        i.name: row for i, row in pairs if isinstance(row, str) and not row.startswith(LABELS)
+    }
     if skipped and (config.strict or len(skipped) > 0.01 * len(items)):
         name, reason = next(iter(skipped.items()))
         allowed = "--strict allows none" if config.strict else "1 % may be skipped"

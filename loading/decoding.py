@@ -6,8 +6,10 @@ end markers are checked too, since decoders fill in missing or damaged data sile
 """
 
 import contextlib
+import functools
 import gzip
 import math
+import os
 import re
 import struct
 import threading
@@ -19,9 +21,24 @@ import nibabel
 import numpy as np
 
 from config import Exit, UserError
+from support.messages import printable
 
 SIDE = 256
+IMAGES = (".png", ".jpg", ".jpeg")
+VOLUMES = (".nii", ".nii.gz", ".hdr", ".mgz", ".mgh")
+T88 = re.compile(r"_t88_[^/]*\.(hdr|img)$", re.I)  # OASIS-1 files with known orientation
+_FORMATS = {  # first bytes of formats that are not read
+    b"NRRD": "NRRD", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF8": "GIF", b"BM": "BMP",
+    b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5 or MINC", b"CDF": "MINC", b"PK": "a zip archive",
+}  # fmt: skip
 MIN_BRAIN = 0.15  # share of brain in a slice; slices with less show too little to learn from
+HEAD_MM = (
+    80,
+    400,
+)  # longest side of a head's volume; the frame of a single slice may be larger
+NEGATIVE = 0.01  # share of voxels below 0 from which on they belong to the head
+FEW_VALUES = 32  # a volume with at most so many distinct values is a label map
+LABELS = "a label map"
 # Limits for one file. Decoding takes up to 32 bytes per pixel and 10 per voxel. Several threads
 # decode at once, but only one of them a LARGE file, so that all stay below 1 GB.
 MAX_PIXELS = 2**24
@@ -29,29 +46,25 @@ MAX_VOXELS = 2**26
 MAX_BYTES = 2**28  # of an image file, or of a volume's voxels as stored
 LARGE = 2**23  # voxels, or four times the pixels; an OASIS volume is smaller
 _one_large_file = threading.Lock()
-IMAGES = (".png", ".jpg", ".jpeg")
-VOLUMES = (".nii", ".nii.gz", ".hdr")
-T88 = re.compile(r"_t88_[^/]*\.(hdr|img)$", re.I)  # OASIS-1 files with known orientation
+Ends = tuple[float, float, float]  # black, white, and the background's value
 
 
 class Unreadable(Exception):
     """A file that cannot be used. The message says why."""
 
 
-def printable(name: str | Path) -> str:
-    """Return a path as text for logs: bytes that are not UTF-8 become '?'."""
-    return str(name).encode("utf-8", "replace").decode("utf-8")
-
-
-def read_file(path: Path, slices: int, axis: int, peak: int, greys: set[int]) -> np.ndarray:
+def read_file(
+    path: Path, slices: int, axis: int, peak: int, greys: set[int], ends: Ends | None = None
+) -> np.ndarray:
     """Return the slices of one file, lowest first: uint8 (n,256,256). An image has n = 1.
 
     slices: the most to take from a volume. axis: slice axis, if the header has no orientation.
     peak: largest value in all 16-bit images of the source. greys: collects grey values until
-    there are more than 8. Raises Unreadable, and UserError if `axis` is needed.
+    there are more than 8. ends: black and white of a volume, if its series decides them.
+    Raises Unreadable, and UserError if `axis` is needed.
     """
     if path.name.lower().endswith(VOLUMES):
-        stack, spacing_mm = _volume_slices(path, slices, axis)
+        stack, spacing_mm = _volume_slices(path, slices, axis, ends)
     else:
         stack, spacing_mm = read_image(_bytes(path), peak)[None], None
     if len(greys) <= 8:
@@ -99,7 +112,7 @@ def read_image(blob: bytes, peak: int = 0) -> np.ndarray:
         pixels = _check_jpeg(blob)
         flags = cv2.IMREAD_GRAYSCALE
     else:
-        raise Unreadable("empty file" if not blob else "neither PNG nor JPEG inside")
+        raise Unreadable(_named(blob))
     with _memory_guard(4 * pixels):
         grey = _grey(blob, flags)
         if grey.dtype == np.uint8:
@@ -107,6 +120,15 @@ def read_image(blob: bytes, peak: int = 0) -> np.ndarray:
         # Scale by the bits that the source uses: 12-bit data in 16 bits must not turn black.
         bits = max(8, max(peak, int(grey.max())).bit_length())
         return np.rint(grey * (255 / (2**bits - 1))).astype(np.uint8)
+
+
+def _named(blob: bytes) -> str:
+    """Say what a file is that is neither PNG nor JPEG."""
+    if not blob:
+        return "empty file"
+    known = [name for first, name in _FORMATS.items() if blob.startswith(first)]
+    known += ["DICOM"] if blob[128:132] == b"DICM" else []
+    return f"neither PNG nor JPEG inside{f', but {known[0]}' if known else ''}"
 
 
 def peak_16bit(path: Path) -> int:
@@ -189,6 +211,7 @@ def _check_size(first: int, second: int) -> int:
 
 def _bytes(path: Path) -> bytes:
     try:
+        _check_link(path)
         if path.stat().st_size > MAX_BYTES:
             raise Unreadable(f"{path.stat().st_size:,} bytes are too many for an image")
         return path.read_bytes()
@@ -199,33 +222,80 @@ def _bytes(path: Path) -> bytes:
 # --- volumes ------------------------------------------------------------------------------
 
 
-def _volume_slices(path: Path, slices: int, axis: int):
+def _check_link(path: Path):
+    """Raise Unreadable if a link leads nowhere, as in a datalad tree that was not fetched."""
+    if path.is_symlink() and not path.exists():
+        raise Unreadable(f"its content is missing (a link to {printable(os.readlink(path))})")
+
+
+def _volume_slices(path: Path, slices: int, axis: int, ends: Ends | None):
     """Return slices uint8 (n,H,W) of a volume, and the height and width of a pixel in mm."""
-    image = _open_volume(path)
+    image = open_volume(path, axis)
     with _memory_guard(math.prod(image.shape)):
         voxels, sizes_mm = _load_volume(path, image, axis)
+        if not ends and _is_label_map(voxels):
+            raise Unreadable(f"{LABELS}, of at most {FEW_VALUES} values")
         # (X,Y,Z) -> (Z,Y,X): first row anterior, first column the patient's right
-        stack = window(voxels).transpose(2, 1, 0)[:, ::-1, ::-1]
+        stack = window(voxels, ends).transpose(2, 1, 0)[:, ::-1, ::-1]
         if len(stack) > 1:
             stack = stack[_spread(stack, slices)]
     return stack, (sizes_mm[1], sizes_mm[0])
 
 
-def window(voxels: np.ndarray) -> np.ndarray:
-    """Map percentiles 0.5 to 99.5 of the finite voxels above 0 to 0 to 255: uint8, same shape.
+def _is_label_map(voxels: np.ndarray) -> bool:
+    if (
+        voxels.size < 2**16
+        or len(np.unique(voxels.ravel("K")[:: voxels.size // 2**15])) > FEW_VALUES
+    ):
+        return False
+    return len(np.unique(voxels)) <= FEW_VALUES
 
-    Percentiles are taken per volume: per slice, brightness would depend on height.
-    """
-    signal = voxels[np.isfinite(voxels) & (voxels > 0)]
-    ends = np.percentile(signal, (0.5, 99.5), overwrite_input=True) if signal.size else (0, 0)
-    low, high = map(float, ends)
-    if not high - low > 1e-30:  # smaller differences are lost in float32
-        raise Unreadable("a constant volume" if signal.size else "a volume without any signal")
+
+def window(voxels: np.ndarray, ends: Ends | None = None) -> np.ndarray:
+    """Map `ends`, by default those of these voxels, to 0 and 255: uint8, same shape."""
+    low, high, background = ends or window_ends([voxels])
     levels = np.empty(voxels.shape, np.uint8)
     for part, out in zip(voxels, levels, strict=True):  # all at once would need 4 copies
-        scaled = (np.where(np.isfinite(part), part, 0) - low) * (255 / (high - low))
+        black = ~np.isfinite(part) | (part == background)
+        scaled = (np.where(black, low, part) - low) * (255 / (high - low))
         out[:] = np.rint(np.clip(scaled, 0, 255))
     return levels
+
+
+def window_ends(volumes: list[np.ndarray]) -> Ends:
+    """Return percentiles 0.5 and 99.5 of a head's finite voxels, and the background's value.
+
+    The head is what is above 0. If over 1 % of the voxels are below 0, the head is all voxels
+    but the most frequent value, if that is at least a tenth of all. Percentiles are taken of a
+    volume, or of all slices of a series: by slice, brightness would depend on height.
+    """
+    finite = [voxels[np.isfinite(voxels)] for voxels in volumes]
+    values, background = finite[0] if len(finite) == 1 else np.concatenate(finite), 0.0
+    if (values < 0).sum() <= NEGATIVE * values.size:
+        values = values[values > 0]
+    else:
+        common, counts = np.unique(values, return_counts=True)
+        background = (
+            float(common[counts.argmax()]) if counts.max() > values.size / 10 else np.nan
+        )
+        values = values[values != background]
+    ends = np.percentile(values, (0.5, 99.5), overwrite_input=True) if values.size else (0, 0)
+    low, high = map(float, ends)
+    if not high - low > 1e-30:  # smaller differences are lost in float32
+        raise Unreadable("a constant volume" if values.size else "a volume without any signal")
+    return low, high, background
+
+
+@functools.lru_cache(maxsize=8)
+def series_ends(paths: tuple[Path, ...], axis: int) -> Ends:
+    """Return `window_ends` of the slices in several files; unreadable ones are left out."""
+    slices = []
+    for path in paths:
+        with contextlib.suppress(Unreadable):
+            slices.append(_load_volume(path, open_volume(path, axis), axis)[0])
+    if not slices:
+        raise Unreadable("no slice of its series can be read")
+    return window_ends(slices)
 
 
 def _spread(stack: np.ndarray, slices: int) -> np.ndarray:
@@ -235,11 +305,26 @@ def _spread(stack: np.ndarray, slices: int) -> np.ndarray:
     return np.unique(np.rint(np.linspace(enough[0], enough[-1], slices)).astype(int))
 
 
-def _open_volume(path: Path):
-    """Read the header and return nibabel's image. Raises Unreadable."""
+def holds_one_slice(path: Path) -> bool:
+    """Whether a volume file holds a single slice, by its header."""
+    try:
+        shape = nibabel.load(path).shape
+    except Exception:  # a damaged header can raise almost any exception; it is reported later
+        return False
+    return len(shape) == 2 or 1 in shape[:3]
+
+
+def open_volume(path: Path, axis: int):
+    """Read and check the header; return nibabel's image.
+
+    Raises Unreadable, and UserError if the header has no orientation and `axis` is -1.
+    """
     try:  # nibabel parses many formats; a damaged header can raise almost any exception
+        _check_link(path)
         image = nibabel.load(path)
         shape, kind = image.shape, image.get_data_dtype()
+    except Unreadable:
+        raise
     except Exception as problem:
         raise Unreadable(f"not a volume ({_line(problem)})") from None
     count, shown = math.prod(shape), " x ".join(map(str, shape))
@@ -250,7 +335,46 @@ def _open_volume(path: Path):
     too_large = count > MAX_VOXELS or count * kind.itemsize > MAX_BYTES
     if too_large or len(shape) < 2 or min(shape) < 1:
         raise Unreadable(f"its header claims {shown} voxels of {kind.itemsize} bytes")
+    if axis < 0 and not _is_oriented(image, path):
+        raise UserError(
+            Exit.DATA,
+            f"{path}: its header has no orientation; give --axis 0, 1 or 2, the axis along "
+            "which to slice",
+        )
     return image
+
+
+def check_head_size(image):
+    """Raise Unreadable if a header's volume is too short or too long for a head."""
+    sides_mm = [n * mm for n, mm in zip(image.shape, _sizes_mm(image), strict=False)]
+    longest, flat = max(sides_mm), len(image.shape) == 2 or 1 in image.shape[:3]
+    if not HEAD_MM[0] <= longest <= HEAD_MM[1] * (2 if flat else 1):
+        shown = " x ".join(f"{side:.3g}" for side in sides_mm)
+        raise Unreadable(
+            f"its header claims {shown} mm, and a head measures {HEAD_MM[0]} to {HEAD_MM[1]} "
+            "mm: correct the voxel sizes or their unit"
+        )
+
+
+def _is_oriented(image, path: Path) -> bool:
+    """Whether the orientation is known.
+
+    Plain Analyze has none; nibabel assumes the one that OASIS' T88 files have. A NIfTI file has
+    none if the codes of its sform and qform are 0, a FreeSurfer file if its flag says so.
+    """
+    if isinstance(image, nibabel.Nifti1Pair):
+        return bool(image.header["sform_code"] or image.header["qform_code"])
+    if isinstance(image, nibabel.MGHImage):
+        return bool(image.header["goodRASFlag"])
+    return bool(T88.search(path.name))
+
+
+def _sizes_mm(image) -> np.ndarray:
+    """Return the voxel sizes (3,) in mm, in the file's order of axes; 1 if not given."""
+    units = getattr(image.header, "get_xyzt_units", lambda: ("mm", ""))()[0]
+    to_mm = {"meter": 1000.0, "micron": 0.001}.get(units, 1.0)
+    sizes = to_mm * nibabel.affines.voxel_sizes(image.affine)
+    return np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
 
 
 def _load_volume(path: Path, image, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -259,20 +383,11 @@ def _load_volume(path: Path, image, axis: int) -> tuple[np.ndarray, np.ndarray]:
     X, Y and Z point to right, anterior and superior if the orientation is known. A volume of
     one slice has that slice along Z.
     """
-    # Plain Analyze files have no orientation. nibabel assumes the one that T88 files have.
-    known = isinstance(image, nibabel.Nifti1Pair) or T88.search(path.name)
-    if not known and axis < 0:
-        raise UserError(
-            Exit.DATA,
-            f"{path}: an Analyze header has no orientation; give --axis 0, 1 or 2, the axis "
-            "along which to slice",
-        )
     try:
         _check_gzip(path)
         voxels = _float32(image).reshape([*image.shape, 1][:3])
-        sizes_mm = nibabel.affines.voxel_sizes(image.affine)
-        sizes_mm = np.where(np.isfinite(sizes_mm) & (sizes_mm > 0), sizes_mm, 1.0)
-        if known:
+        sizes_mm = _sizes_mm(image)
+        if _is_oriented(image, path):
             turn = nibabel.io_orientation(image.affine)
             voxels = nibabel.apply_orientation(voxels, turn)
             sizes_mm = sizes_mm[np.argsort(turn[:, 0])]
@@ -303,7 +418,7 @@ def _float32(image) -> np.ndarray:
 
 def _check_gzip(path: Path):
     """Read a .gz file to its end, which holds the checksum. nibabel stops before the end."""
-    if path.name.lower().endswith(".gz"):
+    if path.name.lower().endswith((".gz", ".mgz")):
         with gzip.open(path) as stream:
             while stream.read(2**20):
                 if stream.tell() > 2 * MAX_BYTES:

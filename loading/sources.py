@@ -1,44 +1,59 @@
-"""Finds the slices below a folder, and assigns each a subject and a split.
+"""Finds the slices below a folder, one raw scan of each head, with their subjects and splits.
 
 In: a folder as users have it. Out: `Item`s in natural order, each with subject and split, and
 the first part of the data report. Only names are used, never pixels. Stops (exit 3) if a
 subject would be in two splits or cannot be told from the names.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import stat
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import Config, Exit, UserError
-from loading.decoding import IMAGES, VOLUMES, printable
+from loading import people
+from loading.decoding import IMAGES, VOLUMES, holds_one_slice
+from support.messages import printable
 
 PARTS = ("train", "validation", "test")
 SLICE_KEY = "slice:"  # prefix of the stand-in for an unknown subject
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+UNREAD = {  # formats that people have, and what converts them
+    ".dcm": "DICOM (dcm2niix converts it)",
+    ".ima": "DICOM (dcm2niix converts it)",
+    ".nrrd": "NRRD (3D Slicer converts it to NIfTI)",
+    ".nhdr": "NRRD (3D Slicer converts it to NIfTI)",
+    ".mnc": "MINC (mnc2nii converts it)",
+    ".tif": "TIFF (convert it to PNG)",
+    ".tiff": "TIFF (convert it to PNG)",
+    ".par": "Philips PAR/REC (dcm2niix converts it)",
+}
 SHEETS = ("grid.png", "strip.png", "comparison.png")  # predict.py writes them beside slices
 LAYOUTS = """accepted are folders that hold, at any depth,
   PNG or JPEG slices whose path names the subject (case_001_slice_0.nii.png, OAS1_0001_...,
     sub-01_..., or one folder per subject), with or without train/validate/test folders;
   OASIS-1 sessions (OAS1_*/PROCESSED/MPRAGE/T88_111/*_t88_masked_gfc.hdr with .img);
-  NIfTI volumes (*.nii, *.nii.gz), as in OASIS-3, BIDS or neurite trees.
+  NIfTI volumes or slices (*.nii, *.nii.gz), as in OASIS-3, BIDS or neurite trees;
+  FreeSurfer subjects (mri/norm.mgz).
 Segmentations do not count."""
 
 
 @dataclass(slots=True)
 class Item:
-    """One file, an image or a volume, with the subject and split that its path tells."""
+    """One file, an image or a volume, with subject, series and split."""
 
     root: str
     name: str  # relative to the root, with slashes
     subject: str | None = None
     part: str | None = None  # one of PARTS
+    series: str = ""  # the slices of one scan have the same; a volume has its own
 
     @property
     def path(self) -> Path:
@@ -47,13 +62,6 @@ class Item:
     @property
     def is_volume(self) -> bool:
         return self.name.lower().endswith(VOLUMES)
-
-    @property
-    def series(self) -> str:
-        """Name shared by a scan's slices: the volume's, or the path without its last number."""
-        if self.is_volume or self.subject.startswith(SLICE_KEY):
-            return self.name
-        return re.sub(r"\d+(?=\D*\Z)", "", self.name)
 
     @property
     def files(self) -> list[str]:
@@ -74,16 +82,19 @@ def stable_hash(*parts) -> str:
 
 _JUNK = re.compile(r"\.|__macosx$|thumbs\.db$|desktop\.ini$", re.I)
 _SEGMENTATION = re.compile(
-    r"(?<![a-z])(?:[adf]?seg(?:s|ment\w*)?|probseg|labels?|(?:brain)?masks?|aparc)\d*(?![a-z])"
+    r"(?<![a-z])(?:[adfw]?m?(?:seg|parc)(?:s|ment\w*)?|probseg|(?:brain)?masks?|labels?|ribbon|rois?"
+    r"|annotations?|ground_?truths?)(?:tr|ts|train|val|test)?\d*(?![a-z])"
 )
-_SEGMENTATION_WORDS = ("seg", "label", "mask", "aparc")  # each match contains one
+# each match contains one of these
+_SEGMENTATION_WORDS = ("seg", "label", "mask", "parc", "ribbon", "roi", "annot", "truth")
 _SESSION = re.compile(r"OAS1_\d{4}_MR\d", re.I)
-# If a tree has several versions of each scan, the first version in this list is used.
+# If a tree has several of these, only the first in this list is used.
 _PREFERRED = (
     ("OASIS-1 in Talairach space", re.compile(r"_t88_masked_gfc\.hdr$", re.I)),
     ("T1-weighted volumes (BIDS)", re.compile(r"_T1w\.nii(\.gz)?$", re.I)),
     ("neurite OASIS volumes", re.compile(r"(^|/)aligned_norm\.nii(\.gz)?$", re.I)),
     ("neurite OASIS slices", re.compile(r"(^|/)slice_norm\.nii(\.gz)?$", re.I)),
+    ("FreeSurfer volumes", re.compile(r"(^|/)mri/(norm|T1)\.mgz$")),
 )
 
 
@@ -98,14 +109,16 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
     ignored, sessions = Counter(), set()
     # Sorted twice: names that are equal in natural order (z1, z01) need a fixed order too.
     names = sorted(sorted(_walk(root, ignored, sessions)), key=_natural)
-    names, kind = _choose(names, ignored)
+    names, kind = _raw_scans(names, ignored)
     if not names:
-        held = ", ".join(f"{n:,} {kind}" for kind, n in ignored.items()) or "nothing"
+        held = ", ".join(f"{n:,} {what}" for what, n in ignored.items()) or "nothing"
         raise UserError(Exit.DATA, f"no slices in --data {root} (it holds {held}); {LAYOUTS}")
     items = [Item(str(root), name, part=_part(name.rpartition("/")[0])) for name in names]
-    if subjects:
-        assign_subjects(items, config)
     notes = []
+    if subjects:
+        notes.append(assign_subjects(items, config))
+        items = _one_scan_a_session(items, ignored)
+        _assign_series(items)
     if kind.startswith("OASIS-1"):
         found = {match.group().upper() for match in map(_SESSION.search, names) if match}
         notes.append(f"found {len(found)} of {len(sessions | found)} sessions")
@@ -140,7 +153,7 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
                 sessions.update(match.upper() for match in _SESSION.findall(name))
             elif not lower.endswith(IMAGES + VOLUMES):
                 if not lower.endswith(".img"):  # counted with its .hdr
-                    ignored[f"{Path(lower).suffix or 'other'} files"] += 1
+                    ignored[_unread(root / below)] += 1
             elif kind == "device":  # reading a pipe could block forever
                 ignored["devices and pipes"] += 1
             elif segmentation:
@@ -169,22 +182,111 @@ def _kind(entry: os.DirEntry) -> str:
         return "file"
 
 
-def _choose(names: list[str], ignored: Counter) -> tuple[list[str], str]:
-    """Return one version and one run of every scan, and the kind of source."""
+def _unread(path: Path) -> str:
+    """Return what a file is that is neither an image nor a volume, for the report."""
+    suffix = path.suffix.lower()
+    if suffix.strip(".").isdecimal() or not suffix:  # names of DICOM files often have no suffix
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            suffix = ".dcm" if file.read(132)[128:] == b"DICM" else suffix
+    return UNREAD.get(suffix, f"{suffix or 'other'} files")
+
+
+# --- one raw scan of each head ------------------------------------------------------------
+
+_SPM = re.compile(r"(?:[rmwsuya]|mw?|w?m|[rmw]*c[1-6]|[mw]*p[0-6]|iy_?|y_|u_|mean)+", re.I)
+_COPY = re.compile(r"(^|/)derivatives?/|_(desc|space)-", re.I)
+_T1 = re.compile(r"(?<![a-z0-9])(t1[a-z]*|mprage|mp2rage|spgr)(?![a-z0-9])", re.I)
+_OTHER_CONTRAST = re.compile(
+    r"(?<![a-z0-9])(t2[a-z*]*|flair|pdw?|dwi|dti|adc|swi|bold|func|asl|mra|angio)(?![a-z0-9])",
+    re.I,
+)
+_VARIANT = re.compile(r"_(acq|rec|ce)-|(?<![a-z0-9])t1(c|ce|gd)(?![a-z0-9])|repeat", re.I)
+_VISIT = re.compile(
+    r"(?<![a-z])(?:"
+    r"(?:ses|session|visit|tp|time|timepoint|week|month|year|day|mr)[-_ ]?[a-z]*\d+"
+    r"|[vwmyd]\d+|ses-[a-z0-9]+)",
+    re.I,
+)
+
+
+def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
+    """Drop copies, processed volumes and other contrasts; return the rest and their kind."""
     volumes = [name for name in names if name.lower().endswith(VOLUMES)]
     chosen, kind = (volumes, "volumes") if volumes else (names, "images")
     for preferred, pattern in _PREFERRED:
         if matching := [name for name in volumes if pattern.search(name)]:
             chosen, kind = matching, preferred
             break
-    first_runs = {}  # BIDS runs of one session repeat the same scan: keep the first
+    if others := len(names) - len(chosen):
+        ignored["other versions of the scans"] += others
+    once = {}  # x.nii, x.nii.gz and x.nii.gz/x.nii are the same scan
     for name in chosen:
-        first_runs.setdefault(re.sub(r"_run-\w+?(?=_)", "", name), name)
-    if versions := len(names) - len(chosen):
-        ignored["other versions of the scans"] += versions
-    if repeats := len(chosen) - len(first_runs):
-        ignored["repeated runs of a session"] += repeats
-    return list(first_runs.values()), kind
+        plain = people.collapsed(name)
+        once.setdefault(plain.lower().removesuffix(".gz") if name in volumes else plain, name)
+    if twins := len(chosen) - len(once):
+        ignored["copies unpacked or packed"] += twins
+    chosen = list(once.values())
+    if volumes:
+        stems = {_stem(name) for name in chosen}
+        for reason, drop in (
+            ("derivatives", _COPY.search),
+            ("processed by SPM", lambda name: _from_spm(name, stems)),
+            (
+                "other contrasts",
+                lambda name: _OTHER_CONTRAST.search(name) and not _T1.search(name),
+            ),
+        ):
+            kept = [name for name in chosen if not drop(name)]
+            if kept and len(kept) < len(chosen):
+                ignored[reason] += len(chosen) - len(kept)
+                chosen = kept
+    return chosen, kind
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[0].lower()
+
+
+def _from_spm(name: str, stems: set[str]) -> bool:
+    """Whether another volume has this name without SPM's prefix, as in wmsub-01_T1w.nii."""
+    stem = _stem(name)
+    return any(_SPM.fullmatch(stem[:k]) and stem[k:] in stems for k in range(1, 7))
+
+
+def _one_scan_a_session(items: list[Item], ignored: Counter) -> list[Item]:
+    """Keep one volume of each session of a subject: no variant if possible, then the first."""
+    if not items[0].is_volume:
+        return items
+    sessions = defaultdict(list)
+    for item in items:
+        sessions[item.subject, _session(item)].append(item)
+    kept = set()
+    for scans in sessions.values():
+        if len(scans) > 1 and (_is_slice(scans[0]) or scans[0].subject.startswith(SLICE_KEY)):
+            kept.update(item.name for item in scans)
+            continue
+        first = min(scans, key=_rank)
+        kept.add(first.name)
+        for item in scans:
+            if item is not first:
+                variant = _VARIANT.search(item.name)
+                ignored["variants of a scan" if variant else "repeated scans of a session"] += 1
+    return [item for item in items if item.name in kept]
+
+
+def _rank(item: Item) -> tuple:
+    """Sort key of the scans of a session: variants last, FreeSurfer's T1 after its norm."""
+    return bool(_VARIANT.search(item.name)), item.name.endswith("/T1.mgz")
+
+
+def _session(item: Item) -> str:
+    """Return the visit that a path tells: its date, else visits and days, else numbers."""
+    if date := people.date(item.name):
+        return date
+    name = re.sub(re.escape(item.subject), "", item.name, flags=re.I)
+    if visits := {visit.lower() for visit in _VISIT.findall(name)}:
+        return " ".join(sorted(visits))
+    return " ".join(re.findall(r"\d{2,}", _stem(name)))
 
 
 def _natural(name: str) -> list:
@@ -196,86 +298,52 @@ def _natural(name: str) -> list:
 
 # --- subjects -----------------------------------------------------------------------------
 
-_SUBJECT = re.compile(
-    r"(?<![a-z0-9])(?:(?:sub-)?(OAS[12]_\d{4}|OAS[34]\d{4})|(sub-[a-z0-9]+)"
-    r"|((?:subject|subj|sub|patient|case)[-_ ]?\d+))",
-    re.I,
-)
-_GROUP = re.compile(
-    r"(class|stage|grade|fold|group|batch|part|disc|site|set)[\W_]*\d", re.I
-)  # a folder of many subjects
 
-
-def assign_subjects(items: list[Item], config: Config):
-    """Set every item's subject, from the path alone.
+def assign_subjects(items: list[Item], config: Config) -> str:
+    """Set every item's subject, from the path alone; return how, with examples.
 
     All scans of one person (MR1, MR2, sessions, runs, repeats) get the same subject. Raises
     UserError if the paths do not tell it.
     """
-    if config.subject_pattern:
-        ways = [(_pattern_key(config.subject_pattern), 1)]
-    else:  # surest first, each with the number of subjects it must find to be believed
-        ways = [(_known_key, 1), (_folder_key, 3), (_head_key, 3), (_volume_folder_key, 3)]
-    for key_of, least in ways:
-        keys = [key_of(item) for item in items]
-        if all(keys) and len(set(keys)) >= least:
-            break
-    else:
-        if not config.allow_slice_split:
-            pairs = zip(items, keys, strict=True)
-            unknown = next((item for item, key in pairs if not key), items[0])
-            raise UserError(
-                Exit.DATA,
-                f"no subject in the name {printable(unknown.name)}: give --subject-pattern, a "
-                r"regular expression with one group such as '(patient\d+)', or "
-                "--allow-slice-split, which inflates every score",
-            )
-        keys = [f"{SLICE_KEY}{item.name}" for item in items]
-    for item, key in zip(items, keys, strict=True):
-        item.subject = key
+    reading = people.who([item.name for item in items], config)
+    if reading:
+        for item, key in zip(items, reading.keys, strict=True):
+            item.subject = key
+        sure = config.subject_pattern or reading.pattern in (people.KNOWN, people.KNOWN_OR_WORD)
+        how = "subjects by" if sure else "subjects guessed by"
+        rest = "" if sure else "; if wrong, give --subject-pattern"
+        return f"{how} {reading.what}: {', '.join(reading.examples())}{rest}"
+    if not config.allow_slice_split:
+        raise UserError(
+            Exit.DATA,
+            f"no subject in names such as {printable(items[0].name)}: give --subject-pattern, "
+            r"a regular expression with one group such as '(patient\d+)', or "
+            "--allow-slice-split, which inflates every score",
+        )
+    for item in items:
+        item.subject = f"{SLICE_KEY}{item.name}"
+    return "subjects unknown: every file is split by itself"
 
 
-def _pattern_key(text: str) -> Callable[[Item], str | None]:
-    try:
-        pattern = re.compile(text)
-    except re.error as problem:
-        raise UserError(Exit.USAGE, f"--subject-pattern: {problem}") from None
-    if not pattern.groups:
-        raise UserError(Exit.USAGE, "--subject-pattern needs a group, such as '(patient\\d+)'")
-
-    def key(item: Item) -> str | None:
-        match = pattern.search(item.name)
-        return match.group(1) if match else None
-
-    return key
-
-
-def _known_key(item: Item) -> str | None:
-    """OAS1_0001 of OAS1_0001_MR2/..., sub-01 of sub-01/..., case_01 of case_01_slice_0.png."""
-    match = _SUBJECT.search(item.name)
-    if not match:
-        return None
-    return match[1].upper() if match[1] else match[0].lower()
+def _assign_series(items: list[Item]):
+    """Set the name that the slices of one scan share; a volume's is its own."""
+    if items[0].subject.startswith(SLICE_KEY):
+        for item in items:
+            item.series = item.name
+        return
+    shared = people.series([item.name for item in items], [item.subject for item in items])
+    members = defaultdict(list)
+    for item, name in zip(items, shared, strict=True):
+        members[name].append(item)
+    for name, scans in members.items():
+        alone = scans[0].is_volume and (len(scans) == 1 or not _is_slice(scans[0]))
+        for item in scans:
+            item.series = item.name if alone else name
 
 
-def _folder_key(item: Item) -> str | None:
-    """The parent folder, if it contains a digit and does not look like a class or a disc."""
-    folder = item.name.rpartition("/")[0].rpartition("/")[2]
-    return folder if re.search(r"\d", folder) and not _GROUP.match(folder) else None
-
-
-def _head_key(item: Item) -> str | None:
-    """IXI002 of IXI002_z17.png; the whole name of a volume."""
-    stem = item.name.rpartition("/")[2].partition(".")[0]
-    if item.is_volume:
-        return stem
-    match = re.fullmatch(r"(.*\d.*?)[-_ ]+(?:slice|img|z|s)?[-_ ]*\d+", stem, re.I)
-    return match.group(1) if match else None
-
-
-def _volume_folder_key(item: Item) -> str | None:
-    """The folder of a volume: in some trees every volume has the same name."""
-    return item.name.rpartition("/")[0] if item.is_volume else None
+def _is_slice(item: Item) -> bool:
+    """Whether a volume file holds one slice, by its name or its header."""
+    return people.has_slice_number(item.name) or holds_one_slice(item.path)
 
 
 # --- splits -------------------------------------------------------------------------------

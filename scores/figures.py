@@ -9,12 +9,15 @@ data, do not publish", is printed small below the figure.
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's commands inherit a backend that may be missing
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -11,7 +11,7 @@ from torch import Tensor
 import modules
 from modules import VQVAE, CodeMap
 from stages.stage import Feed, Run, require, require_file
-from support import checkpoints
+from support import checkpoints, files
 
 
 def trained_vqvae(run: Run) -> VQVAE:
@@ -41,7 +41,7 @@ class RealMaps:
                 raise ValueError("made with another codes.npy; run --stage codes again")
             self.level_table = values["levels"]
             self.counts = values["counts"]["train"]  # (K,)
-        maps = np.load(run.path("codes.npy"), mmap_mode="r").view(np.int16)  # a type of torch
+        maps = files.mapped(run.path("codes.npy")).view(np.int16)  # a type of torch
         self.maps = Feed(maps, run.device)
         self.levels = torch.from_numpy(run.data.train.levels)
         self.link = {"codes": checkpoints.checksum(path)}  # for later checkpoints

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from config import Exit, UserError
 from support import distributed
+from support.messages import warn
 
 # --- the device and its precision ---------------------------------------------------------
 
@@ -32,22 +33,33 @@ def choose_device(name: str) -> torch.device:
         elif name == "auto":
             name = "cpu"
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         mps = getattr(torch.backends, "mps", None)
-        return torch.device("mps" if mps is not None and mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        found = "cuda" if torch.cuda.is_available() else ""
+        found = found or ("mps" if mps is not None and mps.is_available() else "cpu")
+        if not (problem := _kernel_problem(found)):
+            return torch.device(found)
+        warn(f"the GPU cannot be used ({problem}); the CPU is used")
+        return torch.device("cpu")
+    if problem := _kernel_problem(name):
         raise UserError(
             Exit.USAGE,
-            f"--device {name}: not available here; use cpu, or auto to take what there is"
+            f"--device {name}: not available here ({problem}); use cpu"
             + ("" if torch.version.cuda else " (this torch was built without CUDA)"),
-        ) from None
+        )
+    device = torch.device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
+
+
+def _kernel_problem(name: str) -> str:
+    """Return why a device cannot run a kernel, else "". Old GPUs are found but have none."""
+    try:
+        x = torch.zeros(1, 1, 4, 4, device=torch.device(name))
+        torch.nn.functional.conv2d(x, x).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        return str(problem).partition("\n")[0]
+    return ""
 
 
 @functools.cache

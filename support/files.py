@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Exit, UserError
-from support.messages import log, warn
+from support.messages import log, printable, warn
 
 
 @contextlib.contextmanager
@@ -42,12 +42,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path):
+    """Make a rename durable. Some network file systems cannot do that for a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            with contextlib.suppress(OSError):
+                os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def mapped(path: Path) -> np.ndarray:
+    """Return the array in a .npy file as a memory map, read-only in effect.
+
+    Some FUSE mounts refuse shared mappings: there the pages are private copies.
+    """
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError:
+        return np.load(path, mmap_mode="c")
 
 
 def cannot_write(path: Path, problem: OSError, needed: int | None = None) -> UserError:
@@ -95,7 +108,7 @@ def write_npy_header(file, dtype, shape: tuple[int, ...]):
 def write_text(path: Path, text: str):
     """Write a UTF-8 text file atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(printable(text), encoding="utf-8")
 
 
 def write_json(path: Path, values: dict):

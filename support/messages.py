@@ -14,6 +14,15 @@ from support import distributed
 _open_logs: list[io.TextIOBase] = []
 
 
+def printable(name: str | Path) -> str:
+    """Return a path as text that can be written as UTF-8: bytes that are not UTF-8 become '?'.
+
+    In an ASCII locale Python holds every non-ASCII byte of a path as a surrogate.
+    """
+    text = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text.replace("\N{REPLACEMENT CHARACTER}", "?")
+
+
 def say(message: str, *, stream=None):
     """Print one line and append it to run.log. stderr takes lines of every process."""
     if not (distributed.is_first() or stream is sys.stderr):

@@ -98,7 +98,8 @@ def test_every_type_byte_order_and_scale_gives_the_same_volume(
 
     voxels = np.random.default_rng(seed).integers(0, 2000, shape) * 2
     voxels.flat[0] = 100  # never empty
-    wanted = read_slices(nifti(tmp_path / "a.nii", voxels.astype(np.float32)), Config(slices=3))
+    plain = nifti(tmp_path / "a.nii", voxels.astype(np.float32), np.eye(4))
+    wanted = read_slices(plain, Config(slices=3))
     header = nibabel.Nifti1Header(endianness=order)
     header.set_data_dtype(np.dtype(order + kind))
     image = nibabel.Nifti1Image(voxels.astype(np.float64), np.eye(4), header)
