@@ -69,6 +69,9 @@ class Config:
     out: str = outside("", "folder for results [runs/<preset>]")
     cache: str = outside("runs/cache", "folder for decoded slices, shared by all runs")
     device: str = outside("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = outside(
+        0, "threads on the CPU [0: as many as other programs leave idle]", low=0, high=1024
+    )
     seed: int = outside(
         0, "first random seed [0, or the next unused one]", low=0, high=2**31 - 1
     )

@@ -133,6 +133,7 @@ def _named(blob: bytes) -> str:
 
 def peak_16bit(path: Path) -> int:
     """Return the largest value of a 16-bit PNG, 0 for any other file. Raises Unreadable."""
+    _check_link(path)
     with open(path, "rb") as file:
         head = file.read(26)
     if head[:4] != b"\x89PNG" or len(head) < 26 or head[24] != 16:

@@ -162,9 +162,9 @@ def _counts_on(reading: Reading) -> bool:
     If both are plain numbers and nearly every pair of them exists, either may be the person.
     """
     values, parents, pairs = _parents(reading)
-    if not all(map(_last_of_image, reading.matches)):
-        if parents == 1 or not all(map(_continues, reading.matches)):
-            return False
+    continues = parents > 1 and all(map(_continues, reading.matches))
+    if not (continues or all(map(_last_of_image, reading.matches))):
+        return False
     every_pair = pairs > values * parents / 2 > parents
     return not (every_pair and values >= parents and all(map(_plain, reading.matches)))
 
@@ -224,7 +224,7 @@ def _one_volume_each(names: list[str]) -> Reading | None:
 
 
 def series(names: list[str], subjects: list[str]) -> list[str]:
-    """Return for each slice file the name of its series: the path with * for the slice number.
+    """Return each slice file's series: its subject, and its path with * for the slice number.
 
     The slice number follows a word such as "slice". Without one it is the number that takes the
     most values within a subject; the last one, if several do.
@@ -240,18 +240,19 @@ def series(names: list[str], subjects: list[str]) -> list[str]:
         counts[form][place] += len(values)
     slice_place = {f: max(found, key=lambda p: (found[p], p)) for f, found in counts.items()}
     without = []
-    for name, form in zip(plain, forms, strict=True):
+    for name, form, subject in zip(plain, forms, subjects, strict=True):
         numbers = list(re.finditer(r"\d+", name))
         worded = [match.end() for match in _SLICE.finditer(name)]
         at = [m for m in numbers if worded and m.end() == worded[-1]]
         at = at or [m for k, m in enumerate(numbers) if k == slice_place[form]]
-        without.append(f"{name[: at[0].start()]}*{name[at[0].end() :]}" if at else name)
+        rest = f"{name[: at[0].start()]}*{name[at[0].end() :]}" if at else name
+        without.append(f"{subject}: {rest}")
     return without
 
 
 def has_slice_number(name: str) -> bool:
     """Whether a word in the file name says that its number counts slices."""
-    return bool(_SLICE.search(name.rpartition("/")[2]))
+    return bool(re.search(r"(?i)(?<![a-z])(slice|slc)[-_ ]?\d", name.rpartition("/")[2]))
 
 
 def collapsed(name: str) -> str:

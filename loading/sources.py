@@ -51,7 +51,7 @@ class Item:
 
     root: str
     name: str  # relative to the root, with slashes
-    subject: str | None = None
+    subject: str = ""
     part: str | None = None  # one of PARTS
     series: str = ""  # the slices of one scan have the same; a volume has its own
 
@@ -118,7 +118,7 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
     if subjects:
         notes.append(assign_subjects(items, config))
         items = _one_scan_a_session(items, ignored)
-        _assign_series(items)
+    _assign_series(items)
     if kind.startswith("OASIS-1"):
         found = {match.group().upper() for match in map(_SESSION.search, names) if match}
         notes.append(f"found {len(found)} of {len(sessions | found)} sessions")

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from config import Config, Exit, UserError
 from dataset import BrainSlices, Data
 from modules import generator_of
-from scores import metrics
+from scores import judge, metrics
 from support import checkpoints, device, messages
 
 PART = 128  # slices in memory at a time
+JUDGED = 4096  # training slices that the judge learns
 NEAREST = 128  # samples whose nearest test slices are searched
 
 
@@ -183,6 +184,8 @@ class Described:
     fine: np.ndarray  # (n, 176) of the same, of the slice minus its 5x5 mean
     learned: np.ndarray  # (n, 64) of the encoder
     level_seen: np.ndarray  # (n,) predicted slice level
+    areas: np.ndarray  # (n, 3) pixels of CSF, grey and white matter
+    judged: Tensor  # (n, 1, h, w) as the judge sees them
     spectrum: Tensor | None = None  # (R,) dB
     pairs: float = math.nan  # mean MS-SSIM of random pairs
 
@@ -211,7 +214,9 @@ class Scorer:
         self.rows["validation"] = other.permutation(len(data.validation))[:n]
         self.rows["test"] = other.permutation(len(data.test))[:n]
         self.units = self.unit_of_each(order[: 4 * n])
-        self.sets = {"train": self.described(data.train.batch(self.rows["train"]))}
+        train = data.train.batch(self.rows["train"])
+        self.thresholds = metrics.tissue_thresholds(train)
+        self.sets = {"train": self.described(train)}
         real = data.train.batch(self.rows["real"])
         self.sets["real"] = self.with_pairs(real)
         self.sets["reconstruction"] = self.with_pairs(run.reconstruct(real)[1])
@@ -262,6 +267,8 @@ class Scorer:
             fine=self.random.fine_features(images).numpy(),
             learned=learned[:, :-1],
             level_seen=learned[:, -1],
+            areas=metrics.tissue_areas(images, self.thresholds),
+            judged=judge.prepared(images, self.run.code_map.crop),
         )
 
     def described(self, images: Tensor) -> Described:
@@ -331,6 +338,56 @@ class Scorer:
             for name, kind in kinds.items()
         }
 
+    def judge_auc(self) -> dict[str, dict[str, float]]:
+        """AUC of trained judges on unseen people, by the split of these people.
+
+        Each judge learns training slices that are in no other set.
+        """
+        rows = np.setdiff1d(np.arange(len(self.data.train)), self.rows["real"])
+        rows = np.random.default_rng(2).permutation(rows)[:JUDGED]
+        crop = self.run.code_map.crop
+        real = in_parts(lambda x: judge.prepared(x, crop), self.data.train, rows)
+        unseen = {name: self.sets[name].judged for name in ("validation", "test")}
+        found = {kind: judge.judged(real, self.sets[kind].judged, unseen) for kind in KINDS}
+        aucs = {
+            f"judge_auc_{name}": {kind: values[name][0] for kind, values in found.items()}
+            for name in unseen
+        }
+        for name in unseen:
+            aucs[f"judge_auc_{name}"]["standard_error"] = found["generated"][name][1]
+        return aucs
+
+    def morphometry(self) -> dict[str, float]:
+        """Distance of tissue areas from training slices, over that of two halves of people."""
+        n, levels, subjects = self.n, self.data.train.levels, self.data.train.subjects
+        areas = in_parts(
+            lambda x: torch.from_numpy(metrics.tissue_areas(x, self.thresholds)),
+            self.data.train,
+        ).numpy()
+        draw, halves = np.random.default_rng(3), []
+        for _ in range(10):
+            people = draw.permutation(np.unique(subjects))
+            first = np.isin(subjects, people[: len(people) // 2])
+            a, b = (draw.permutation(np.flatnonzero(side))[:n] for side in (first, ~first))
+            halves.append(metrics.area_distance(areas[a], areas[b], levels[a], levels[b]))
+        unit = float(np.mean(halves))
+        asked = self.asked_levels()
+        return {
+            name: metrics.area_distance(self.sets[kind].areas, areas, asked[kind], levels)
+            / unit
+            for name, kind in (
+                {kind: kind for kind in KINDS} | {"unseen_people": "test"}
+            ).items()
+        }
+
+    def asked_levels(self) -> dict[str, np.ndarray]:
+        """The slice level of each slice of every set; NaN if it is unknown."""
+        data = {"validation": self.data.validation, "test": self.data.test}
+        asked = {name: split.levels[self.rows[name]] for name, split in data.items()}
+        asked["real"] = asked["reconstruction"] = self.data.train.levels[self.rows["real"]]
+        asked["generated"] = self.level_asked.numpy()
+        return asked
+
     def spectrum(self) -> dict[str, float]:
         """Mean difference of power spectra from training slices, up to their noise floor."""
         train = self.sets["train"].spectrum
@@ -342,11 +399,7 @@ class Scorer:
 
         A generator without levels is not scored.
         """
-        data = {"validation": self.data.validation, "test": self.data.test}
-        asked = {name: split.levels[self.rows[name]] for name, split in data.items()}
-        asked["real"] = asked["reconstruction"] = self.data.train.levels[self.rows["real"]]
-        asked["generated"] = self.level_asked.numpy()
-
+        asked = self.asked_levels()
         kinds = {kind: kind for kind in KINDS} | {"unseen_people": "test"}
         result = {}
         for name, kind in kinds.items():
@@ -396,6 +449,8 @@ def score_generation(scorer: Scorer) -> dict:
     result["kid_train"] = s.each(lambda x: metrics.kid(x.features, train))
     if classifier := s.classifier():
         result["c2st_auc"] = classifier
+    result |= s.judge_auc()
+    result["morphometry"] = s.morphometry()
     result["spectrum_db"] = s.spectrum()
     result["ms_ssim_of_pairs"] = s.each(lambda x: x.pairs)
     if level := s.level_error():
@@ -453,7 +508,10 @@ LABELS = {
     "learned_recall": "recall, k = 5, encoder",
     "learned_coverage": "coverage, k = 5, encoder",
     "kid_train": "KID to training slices",
+    "judge_auc_test": "trained judge's AUC, test people",
+    "judge_auc_validation": "trained judge's AUC, validation people",
     "c2st_auc": "classifier's AUC, real against this",
+    "morphometry": "tissue areas, relative distance",
     "spectrum_db": "power spectrum, mean difference in dB",
     "ms_ssim_of_pairs": "MS-SSIM of 1,000 random pairs",
     "level_error": "slice level, mean error",
@@ -478,6 +536,9 @@ READING = {
     "coverage": "Share of real slices with a sample nearby; compare with real.",
     "kid_train": "0 is no difference. It may be slightly negative by chance.",
     "c2st_auc": "0.5: a classifier cannot tell them from real slices; 1: it always can.",
+    "judge_auc_test": "0.5: networks trained for it cannot tell samples from unseen people.",
+    "judge_auc_validation": "The same on the people who choose the run.",
+    "morphometry": "Areas of CSF, grey and white matter; 1 is two halves of the real people.",
     "spectrum_db": "0 is equal detail at every scale. Blur and grain both raise it.",
     "ms_ssim_of_pairs": "Should equal that of real slices; higher means samples are alike.",
     "level_error": "Error of the slice level, on a scale from 0 (lowest) to 1 (highest).",

@@ -15,6 +15,7 @@ import numpy as np
 import pytorch_msssim
 import torch
 import torch.nn.functional as F
+from scipy.stats import wasserstein_distance
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
@@ -392,6 +393,54 @@ def ms_ssim_of_pairs(x: Tensor, pairs: int = 1000, seed: int = 0) -> float:
     second = (first + rng.integers(1, len(x), size=pairs)) % len(x)
     parts = np.array_split(np.arange(pairs), math.ceil(pairs / 64))
     return float(torch.cat([ms_ssim(x[first[p]], x[second[p]]) for p in parts]).mean())
+
+
+# Otsu 1979 (doi:10.1109/TSMC.1979.4310076), with two thresholds
+def tissue_thresholds(x: Tensor) -> tuple[float, float]:
+    """Grey levels that part CSF, grey and white matter in slices (N,1,H,W) of T1 contrast.
+
+    They maximise the variance between three classes of the pixels inside the heads.
+    """
+    check_images(x)
+    counts = torch.histc(x[:, 0][brain_mask(x)], 256, 0, 1).double().numpy()    # (256,)
+    weight = np.concatenate([[0], np.cumsum(counts)])                           # (257,)
+    moment = np.concatenate([[0], np.cumsum(counts * np.arange(256))])
+
+    def between(low, high):
+        """Share of the variance between classes that the bins low..high-1 have, (257,257)."""
+        total = weight[high] - weight[low]
+        return (moment[high] - moment[low]) ** 2 / np.maximum(total, 1e-9)
+
+    first, second = np.meshgrid(np.arange(257), np.arange(257), indexing="ij")
+    variance = between(0, first) + between(first, second) + between(second, 256)
+    variance[first > second] = -1
+    low, high = np.unravel_index(variance.argmax(), variance.shape)
+    return float(low) / 256, float(high) / 256
+
+
+def tissue_areas(x: Tensor, thresholds: tuple[float, float]) -> np.ndarray:
+    """Pixels of CSF, grey and white matter inside the head of each slice: (N,3)."""
+    check_images(x)
+    inside, grey, (low, high) = brain_mask(x), x[:, 0], thresholds
+    dark, bright = grey < low, grey >= high
+    tissues = dark & inside, ~dark & ~bright & inside, bright & inside
+    return torch.stack([tissue.flatten(1).sum(1) for tissue in tissues], 1).numpy()
+
+
+def area_distance(areas, other, levels, other_levels, bins: int = 8) -> float:
+    """Mean Wasserstein distance, in pixels, of tissue areas (N,3) and (M,3) at equal level.
+
+    levels (N,), other_levels (M,): slice levels, compared in `bins` ranges; NaN is one range.
+    """
+    ranges = [np.minimum(np.nan_to_num(x, nan=0) * bins, bins - 1).astype(int) for x in
+              (np.asarray(levels), np.asarray(other_levels))]
+    distances = [
+        wasserstein_distance(areas[ranges[0] == k, t], other[ranges[1] == k, t])
+        for k in range(bins)
+        for t in range(areas.shape[1])
+        if (ranges[0] == k).any() and (ranges[1] == k).any()
+    ]
+    return float(np.mean(distances)) if distances else math.nan
 
 
 def thumbnails(x: Tensor) -> Tensor:

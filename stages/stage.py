@@ -6,6 +6,7 @@ with the best weights, rows of log.csv.
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,15 +61,28 @@ class Run:
 
 
 def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
-    """The run of one seed in the results folder `folder`; its config.json is written."""
+    """The run of one seed in the results folder `folder`; its config.json is written.
+
+    The number of threads is chosen once a seed, since another number gives other bits.
+    """
     run = Run(folder / f"seed-{seed}", config, seed, data, device.choose_device(config.device))
     here = {"seed": seed, "cache": str(Path(config.cache).resolve())}
     here |= {"data": str(Path(config.data).resolve())} if config.data else {}
+    threads = device.set_threads(config.threads or _threads_of(run))
+    if threads < (os.cpu_count() or 1) and run.device.type == "cpu":
+        messages.say(f"threads: {threads}")
+    here["threads"] = threads
     settings = {"config": config.to_dict() | here, "data": data.fingerprint}
     if distributed.is_first():
         files.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
         files.write_json(folder / "data_report.json", data.report)
     return run
+
+
+def _threads_of(run: Run) -> int:
+    """The number of threads that a seed was begun with; 0 for a new one."""
+    path = run.path("config.json")
+    return files.read_json(path)["config"].get("threads", 0) if path.exists() else 0
 
 
 # --- a stage ------------------------------------------------------------------------------
@@ -123,6 +137,33 @@ class Clock:
         return passed
 
 
+class Pace:
+    """Warns once in a stage if steps on the CPU take twice as long as they did before."""
+
+    def __init__(self):
+        self.steps, self.seconds, self.fastest = 0, 0.0, math.inf
+        self.since, self.warned = time.monotonic(), False
+
+    def begin(self):
+        self.since = time.monotonic()
+
+    def end(self):
+        self.seconds, self.steps = self.seconds + time.monotonic() - self.since, self.steps + 1
+
+    def check(self):
+        """Compare the mean step since the last check with the fastest mean before."""
+        mean = self.seconds / max(1, self.steps)
+        if mean > 2 * self.fastest and not self.warned:
+            self.warned = True
+            messages.warn(
+                f"steps take {mean / self.fastest:.1f} times as long as before: does another "
+                f"program use the processor? Stop it, or stop this run and continue it with "
+                f"--threads {max(1, torch.get_num_threads() - 1)}"
+            )
+        self.fastest = min(self.fastest, mean)
+        self.steps, self.seconds = 0, 0.0
+
+
 class Stage:
     """The position of a training stage, and what happens after each step."""
 
@@ -132,7 +173,7 @@ class Stage:
         self.schedule = Schedule(max(1, math.ceil(kimg * 1000 / batch_size)), run.config)
         self.expected = {"stage": name, **run.fingerprint(), **given}
         self.nimg, self.best = 0, None
-        self.means, self.clock = Means(), Clock()
+        self.means, self.clock, self.pace = Means(), Clock(), Pace()
         self.last = run.path(f"{name}_last.pt")
         self.restore()
         self.saved = time.monotonic()
@@ -166,6 +207,7 @@ class Stage:
 
     def after_step(self, values: dict[str, Tensor], measure: Callable[[], dict], lr: float):
         """Count the step. Then write a row, save, or end by a signal, if that is due."""
+        self.pace.end()
         self.means.add(values)
         self.nimg += self.batch_size
         self.progress.add(self.batch_size)
@@ -173,11 +215,13 @@ class Stage:
         if row_due or self.run.device.type == "cpu":  # on a GPU the check synchronises
             check_finite(self, values)
         if row_due:
+            self.pace.check()
             self.write_row(measure(), lr)
         late = time.monotonic() - self.saved > CHECKPOINT_EVERY_S
         if distributed.agreed(self.done or late):
             self.save()
         self.run.signals.check(self.save)
+        self.pace.begin()
 
     def write_row(self, measured: dict, lr: float):
         passed, steps = self.clock.row(), (self.step - 1) % self.every + 1

@@ -18,6 +18,7 @@ import torch
 
 from support import cli, endings
 
+torch.set_num_threads(1)  # several small tests at once; and the same bits on any machine
 ROOT = Path(__file__).parent.parent
 SMALL = [
     "--codes", "16", "--widths", "4", "4", "4", "4", "--batch-size", "8",

@@ -96,7 +96,9 @@ def test_cuda_without_a_gpu_is_exit_2(monkeypatch):
         raise AssertionError("Torch not compiled with CUDA enabled")
 
     monkeypatch.setattr(torch, "zeros", absent)
-    with pytest.raises(UserError, match=r"not compiled.*use cpu.*built without CUDA") as problem:
+    with pytest.raises(
+        UserError, match=r"not compiled.*use cpu.*built without CUDA"
+    ) as problem:
         device.choose_device("cuda")
     assert problem.value.code == Exit.USAGE
 
