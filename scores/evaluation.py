@@ -348,7 +348,10 @@ class Scorer:
         crop = self.run.code_map.crop
         real = in_parts(lambda x: judge.prepared(x, crop), self.data.train, rows)
         unseen = {name: self.sets[name].judged for name in ("validation", "test")}
-        found = {kind: judge.judged(real, self.sets[kind].judged, unseen) for kind in KINDS}
+        judges = {"generated": judge.JUDGES, "reconstruction": 2, "real": 2}
+        found = {
+            k: judge.judged(real, self.sets[k].judged, unseen, n) for k, n in judges.items()
+        }
         aucs = {
             f"judge_auc_{name}": {kind: values[name][0] for kind, values in found.items()}
             for name in unseen
@@ -359,7 +362,7 @@ class Scorer:
 
     def morphometry(self) -> dict[str, float]:
         """Distance of tissue areas from training slices, over that of two halves of people."""
-        n, levels, subjects = self.n, self.data.train.levels, self.data.train.subjects
+        levels, subjects = self.data.train.levels, self.data.train.subjects
         areas = in_parts(
             lambda x: torch.from_numpy(metrics.tissue_areas(x, self.thresholds)),
             self.data.train,
@@ -368,7 +371,7 @@ class Scorer:
         for _ in range(10):
             people = draw.permutation(np.unique(subjects))
             first = np.isin(subjects, people[: len(people) // 2])
-            a, b = (draw.permutation(np.flatnonzero(side))[:n] for side in (first, ~first))
+            a, b = (draw.permutation(np.flatnonzero(s))[: self.n] for s in (first, ~first))
             halves.append(metrics.area_distance(areas[a], areas[b], levels[a], levels[b]))
         unit = float(np.mean(halves))
         asked = self.asked_levels()
