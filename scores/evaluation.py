@@ -373,14 +373,14 @@ class Scorer:
             first = np.isin(subjects, people[: len(people) // 2])
             a, b = (draw.permutation(np.flatnonzero(s))[: self.n] for s in (first, ~first))
             halves.append(metrics.area_distance(areas[a], areas[b], levels[a], levels[b]))
-        unit = float(np.mean(halves))
-        asked = self.asked_levels()
+        train, asked = self.rows["train"], self.asked_levels()
+        kinds = {kind: kind for kind in KINDS} | {"unseen_people": "test"}
         return {
-            name: metrics.area_distance(self.sets[kind].areas, areas, asked[kind], levels)
-            / unit
-            for name, kind in (
-                {kind: kind for kind in KINDS} | {"unseen_people": "test"}
-            ).items()
+            name: metrics.area_distance(
+                self.sets[kind].areas, areas[train], asked[kind], levels[train]
+            )
+            / float(np.mean(halves))
+            for name, kind in kinds.items()
         }
 
     def asked_levels(self) -> dict[str, np.ndarray]:

@@ -138,11 +138,11 @@ class Clock:
 
 
 class Pace:
-    """Warns once in a stage if steps on the CPU take twice as long as they did before."""
+    """Warns once in a stage if steps on the CPU take twice their usual time."""
 
     def __init__(self):
-        self.steps, self.seconds, self.fastest = 0, 0.0, math.inf
-        self.since, self.warned = time.monotonic(), False
+        self.steps, self.seconds, self.means = 0, 0.0, []  # mean step of each row of the log
+        self.since, self.slow_rows = time.monotonic(), 0
 
     def begin(self):
         self.since = time.monotonic()
@@ -151,16 +151,17 @@ class Pace:
         self.seconds, self.steps = self.seconds + time.monotonic() - self.since, self.steps + 1
 
     def check(self):
-        """Compare the mean step since the last check with the fastest mean before."""
+        """Compare the mean step since the last row with the median of the rows before."""
         mean = self.seconds / max(1, self.steps)
-        if mean > 2 * self.fastest and not self.warned:
-            self.warned = True
+        usual = float(np.median(self.means)) if len(self.means) >= 5 else math.inf
+        self.slow_rows += mean > 2 * usual
+        if mean > 2 * usual and self.slow_rows == 2:
             messages.warn(
-                f"steps take {mean / self.fastest:.1f} times as long as before: does another "
-                f"program use the processor? Stop it, or stop this run and continue it with "
-                f"--threads {max(1, torch.get_num_threads() - 1)}"
+                f"steps take {mean / usual:.1f} times their usual time: does another program "
+                "use the processor? Stop it, or stop this run and continue it with --threads "
+                f"{max(1, torch.get_num_threads() - 1)}"
             )
-        self.fastest = min(self.fastest, mean)
+        self.means.append(mean)
         self.steps, self.seconds = 0, 0.0
 
 

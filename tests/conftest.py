@@ -71,6 +71,15 @@ def seeded():
     torch.manual_seed(0)
 
 
+def disks(n: int, seed: int, wide: float = 1.0) -> torch.Tensor:
+    """Bright ellipses of random sizes and grey levels on black: (n,1,256,256)."""
+    draw, images = np.random.default_rng(seed), np.zeros((n, 256, 256), np.uint8)
+    for image in images:
+        axes = int(wide * draw.integers(45, 65)), int(draw.integers(70, 110))
+        cv2.ellipse(image, (128, 128), axes, 0, 0, 360, int(draw.integers(100, 250)), -1)
+    return torch.from_numpy(images)[:, None].float() / 255
+
+
 @pytest.fixture(scope="session")
 def slices(tmp_path_factory):
     """The course's layout: 24 + 4 + 4 cases of 4 slices, under a name with a space and an ä."""
