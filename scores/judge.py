@@ -27,16 +27,23 @@ JPEG_QUALITY = 75
 
 
 class Judge(nn.Module):
-    """Half-size slices (B,1,h,w) -> scores (B,), high for real ones. 0.1 M weights."""
+    """Half-size slices (B,1,h,w) -> scores (B,), high for real ones. 0.1 M weights.
+
+    Only the last layer is normalised. With more, single judges found the codec of the original
+    files (AUC 0.5 or 0.99 for reconstructions, by chance); with none, they learned less (0.62
+    in place of 0.75 for samples).
+    """
 
     def __init__(self):
         super().__init__()
 
         def down(ins, outs):
-            return nn.Conv2d(ins, outs, 3, 2, 1, bias=False), nn.BatchNorm2d(outs), nn.ReLU()
+            return nn.Conv2d(ins, outs, 3, 2, 1), nn.LeakyReLU(0.1)
 
-        first = nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU()
-        self.layers = nn.Sequential(*first, *down(16, 32), *down(32, 64), *down(64, 128))
+        self.layers = nn.Sequential(
+            *down(1, 16), *down(16, 32), *down(32, 64),
+            nn.Conv2d(64, 128, 3, 2, 1, bias=False), nn.BatchNorm2d(128), nn.LeakyReLU(0.1),
+        )  # fmt: skip
         self.score = nn.Linear(128, 1)
         self.to(memory_format=torch.channels_last)
 

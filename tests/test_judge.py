@@ -1,4 +1,4 @@
-"""The trained judge, tissue areas, and the number of threads: each must see what it is made for."""
+"""The trained judge, tissue areas, the number of threads: each must see what it is made for."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
