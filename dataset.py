@@ -259,7 +259,7 @@ def read_slices(path: str | Path, config: Config) -> np.ndarray:
     Raises UserError (exit 3) if a file cannot be read.
     """
     path = Path(path)
-    if os.path.isfile(path) or os.path.islink(path):
+    if os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path)):
         if path.suffix.lower() == ".img":  # nibabel opens the header, which names the pixels
             path = path.with_suffix(".HDR" if path.suffix == ".IMG" else ".hdr")
         items = [Item(str(path.parent), path.name, series=path.name)]

@@ -22,6 +22,7 @@ from support import device, messages
 
 JUDGES = 5  # single ones differ by 0.05; references get fewer, which saves a minute
 STEPS, BATCH, LR = 500, 32, 2e-3
+PASSES = 32  # over the samples at most, so that few samples are not learned by heart
 SHIFT_PX = 4
 JPEG_QUALITY = 75
 
@@ -86,14 +87,15 @@ def judged(
 
 def trained_judge(real: Tensor, fake: Tensor, seed: int) -> Judge:
     """Train one judge: each batch holds as many real slices as fakes."""
+    half = BATCH // 2
+    steps = min(STEPS, math.ceil(PASSES * len(fake) / half))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         judge = Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=LR, weight_decay=0.01, fused=True)
-    rule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=STEPS)
-    half = BATCH // 2
+    rule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     truth = torch.cat([torch.ones(half), torch.zeros(half)])
-    for step in messages.progress(range(STEPS), total=STEPS, label=f"judge {seed}"):
+    for step in messages.progress(range(steps), total=steps, label=f"judge {seed}"):
         draw = generator_of(seed, 1 + step)
         rows = [torch.randint(len(x), (half,), generator=draw) for x in (real, fake)]
         batch = augmented(torch.cat([real[rows[0]], fake[rows[1]]]).float(), draw)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import Config
-from dataset import BrainSlices, Data
+from dataset import BrainSlices, Crop, Data
 from scores import evaluation
 
 PEOPLE, LEVELS = {"train": 40, "validation": 12, "test": 12}, 8
@@ -64,6 +64,7 @@ def run_of(data, cache, drawn: np.ndarray):
         config=Config(samples=96, codes=16, cache=str(cache)), fingerprint="f", seed=0,
         stamp="", folder="run", counts=torch.ones(16), reconstruct=reconstruct, noise=noise,
         encode=maps, conditional=True, sample=lambda n: (maps(images[:n]), images[:n]),
+        code_map=SimpleNamespace(crop=Crop()),
     )  # fmt: skip
 
 
@@ -85,6 +86,10 @@ def test_fresh_slices_of_new_people_score_as_real_ones(score):
     assert g["learned_memorised_share"]["planted_copies"] == 1
     assert g["c2st_auc"]["generated"] < 0.7 < g["c2st_auc"]["reconstruction"]
     assert g["level_error"]["generated"] < 0.2 and g["level_error"]["unseen_people"] < 0.2
+    judged, areas = g["judge_auc_test"], g["morphometry"]
+    assert abs(judged["generated"] - 0.5) < 0.2 and abs(judged["real"] - 0.5) < 0.2
+    assert judged["reconstruction"] > 0.8  # blur again
+    assert 0 < judged["standard_error"] < 0.1 and areas["generated"] < 3
     assert 0 < result["reconstruction"]["ssim"]["mean"] < 1
     text = evaluation.table(result)
     assert all(label in text for label in evaluation.LABELS.values())
