@@ -240,7 +240,9 @@ def _describe(data: Data):
         f"{part} {report['slices'][part]:,} slices of {report['subjects'][part]:,} subjects"
         for part in PARTS
     )
-    say(f"  {', '.join(parts)}; split {report['split']}, no overlap")
+    guessed = any(note.startswith("subjects guessed") for note in report["notes"])
+    overlap = "no overlap, if subjects are guessed right" if guessed else "no overlap"
+    say(f"  {', '.join(parts)}; split {report['split']}, {overlap}")
     for note in report["notes"]:
         say(f"  {note}")
     if report["ignored"]:

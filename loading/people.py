@@ -123,7 +123,9 @@ def _readings(names: list[str]) -> Iterator[Reading]:
         for skipped in range(4):
             start = before + skipped * _NUMBER + _FIRST
             for number in (_NUMBER, _STEM):
-                yield Reading(names, what, f"{start}({number}){after}")
+                pattern = f"{start}({number}){after}"
+                if re.search(pattern, names[0]):  # else it does not fit all names
+                    yield Reading(names, what, pattern)
 
 
 def _plausible(reading: Reading) -> bool:
@@ -174,11 +176,10 @@ def _parents(reading: Reading) -> tuple[int, int, int]:
 
     The parent of a value is the path before it, without visits and dates.
     """
-    pairs = set()
-    for match, key in zip(reading.matches, reading.keys, strict=True):
-        before = match.string[: match.start(1)]
-        pairs.add((key, _COUNT.sub("", _DATE.sub("", before))))
-    return reading.persons, len({parent for _, parent in pairs}), len(pairs)
+    places = zip(reading.matches, reading.keys, strict=True)
+    pairs = {(match.string[: match.start(1)], key) for match, key in places}
+    pairs = {(_COUNT.sub("", _DATE.sub("", before)), key) for before, key in pairs}
+    return reading.persons, len({parent for parent, _ in pairs}), len(pairs)
 
 
 def _last_of_image(match: re.Match) -> bool:

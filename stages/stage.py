@@ -152,14 +152,17 @@ class Pace:
 
     def check(self):
         """Compare the mean step since the last row with the median of the rows before."""
+        if self.seconds < 0.5:  # too short to tell
+            return
         mean = self.seconds / max(1, self.steps)
         usual = float(np.median(self.means)) if len(self.means) >= 5 else math.inf
         self.slow_rows += mean > 2 * usual
         if mean > 2 * usual and self.slow_rows == 2:
+            fewer = torch.get_num_threads() - 1
+            other_way = f", or stop this run and continue it with --threads {fewer}"
             messages.warn(
                 f"steps take {mean / usual:.1f} times their usual time: does another program "
-                "use the processor? Stop it, or stop this run and continue it with --threads "
-                f"{max(1, torch.get_num_threads() - 1)}"
+                f"use the processor? Stop it{other_way if fewer else ''}"
             )
         self.means.append(mean)
         self.steps, self.seconds = 0, 0.0

@@ -42,6 +42,7 @@ def choose_device(name: str) -> torch.device:
         if not (problem := _kernel_problem(found)):
             return torch.device(found)
         warn(f"the GPU cannot be used ({problem}); the CPU is used")
+        torch.cuda.is_available = lambda: False  # optimizers query an available GPU each step
         return torch.device("cpu")
     if problem := _kernel_problem(name):
         raise UserError(

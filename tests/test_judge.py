@@ -133,4 +133,4 @@ def test_a_slow_machine_is_noticed_once(monkeypatch, capsys):
             clock["now"] += 100  # a measurement
         pace.check()
     said = capsys.readouterr().err
-    assert said.count("usual time") == 1 and "--threads" in said
+    assert said.count("usual time") == 1 and "2.5 times" in said

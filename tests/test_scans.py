@@ -99,6 +99,7 @@ def test_what_the_subjects_were_read_from_is_said(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "subjects guessed by folder 1: P00 from P00/0.png, P01 from P01/0.png" in said
     assert "if wrong, give --subject-pattern" in said
+    assert "no overlap, if subjects are guessed right" in said
 
 
 # --- what headers say ---------------------------------------------------------------------
@@ -294,6 +295,7 @@ def test_a_gpu_without_kernels_is_not_used(monkeypatch, capsys):
     assert device.choose_device("auto") == torch.device("cpu")
     said = capsys.readouterr().err
     assert "no kernel image is available); the CPU is used" in said and "more" not in said
+    assert not torch.cuda.is_available()
     assert "use cpu" in failure(device.choose_device, "cuda", code=Exit.USAGE)
 
 

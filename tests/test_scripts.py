@@ -165,6 +165,7 @@ def test_the_driver_writes_what_the_readme_lists(finished):
         assert len(list((where / "out" / seed / "figures").glob("*.png"))) >= 8
         maps = np.load(where / "out" / seed / "codes.npy", mmap_mode="r")
         assert maps.dtype == np.uint16 and maps.shape == (128, 64, 64)
+    assert cv2.imread(str(where / "out/decoded.png")).shape[1] > 8 * 256
     page = (where / "out/report.html").read_text(encoding="utf-8")
     assert 'id="generated"' in page and "mean (sd)" in page and PRIVATE in page
     assert len(re.findall("^seed 0: done", done.stdout, re.M)) == 2  # after each run

@@ -75,6 +75,16 @@ def a_run(folder, data, stop=math.inf, config=TINY, seed=0) -> Run:
     return run
 
 
+def test_a_seed_keeps_its_number_of_threads_unless_told(tmp_path, data, monkeypatch):
+    used, idle = [], iter((3, 1))
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    monkeypatch.setattr(device, "idle_threads", lambda: next(idle))
+    for config in (TINY, TINY, replace(TINY, threads=2), TINY):
+        open_seed(tmp_path, config, 0, data)
+    open_seed(tmp_path, TINY, 1, data)  # another seed looks again
+    assert used == [3, 3, 2, 2, 1]
+
+
 def train_all(run):
     for stage in train.STAGES.values():
         stage(run)
