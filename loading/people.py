@@ -2,8 +2,8 @@
 
 Every rule is a regular expression with one group, like --subject-pattern, so a decision can be
 printed, checked and corrected. If the names hold no known number, several readings are
-compared. The one with the fewest persons wins if each of them holds whole persons
-of the others: then nobody is in two splits by any reading. Otherwise the run stops (exit 3).
+compared. The one with the fewest persons wins if no other reading spreads one of its persons
+over two of them: then nobody is in two splits by any reading. Otherwise the run stops (exit 3).
 """
 
 import re

@@ -23,7 +23,7 @@ from scores import judge, metrics
 from support import checkpoints, device, messages
 
 PART = 128  # slices in memory at a time
-JUDGED = 4096  # training slices that the judge learns
+JUDGED = 2048  # training slices that the judge learns
 NEAREST = 128  # samples whose nearest test slices are searched
 
 
@@ -185,7 +185,7 @@ class Described:
     learned: np.ndarray  # (n, 64) of the encoder
     level_seen: np.ndarray  # (n,) predicted slice level
     areas: np.ndarray  # (n, 3) pixels of CSF, grey and white matter
-    judged: Tensor  # (n, 1, h, w) as the judge sees them
+    judged: Tensor  # (n, 1, h, w) uint8, as the judge sees them
     spectrum: Tensor | None = None  # (R,) dB
     pairs: float = math.nan  # mean MS-SSIM of random pairs
 

@@ -53,7 +53,7 @@ def test_codec_noise_and_frame_do_not_reach_the_judge():
     crop = Crop(8, 8, 48, 48)
     framed = images.clone()
     framed[..., :20, :] = 1  # outside the crop
-    once, again, other = (judge.prepared(x, crop).float() for x in (images, noisy, framed))
+    once, again, other = (judge.prepared(x, crop) / 255 for x in (images, noisy, framed))
     assert once.shape == (4, 1, 96, 96) and torch.equal(once, other)
     assert (once - again).abs().mean() < 0.5 * 0.02
 
