@@ -2,8 +2,8 @@
 
 A classifier two-sample test (Lopez-Paz & Oquab 2017, arXiv:1610.06545) with convolutional
 networks. Each learns training slices against one half of the samples and is tested on unseen
-people against the other half. Both sides are cropped alike, coded as JPEG and halved in size, so
-that margins, file compression or noise do not decide: at full size reconstructions were told
+people against the other half. Both sides are cropped alike, coded as JPEG and halved in size,
+so that margins, file compression or noise do not decide: at full size reconstructions were told
 every time. In: sets of slices. Out: the mean AUC of several networks and its standard error.
 """
 
