@@ -69,7 +69,8 @@ def who(names: list[str], config: Config) -> Reading | None:
     if any(known.keys) and not known.complete:
         known = Reading(names, "a known name", KNOWN_OR_WORD)
     if known.complete and not _recurs(known):
-        known.keys = [k.upper() if k[:3].lower() in ("oas", "ixi") else k for k in known.keys]
+        # sub-01 and case_1 in small letters, numbers of archives in capitals
+        known.keys = [k.lower() if k[0] in "sScCpP" else k.upper() for k in known.keys]
         return known
     readings = [reading for reading in _readings(names) if _plausible(reading)]
     if not readings:
