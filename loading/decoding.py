@@ -32,10 +32,7 @@ _FORMATS = {  # first bytes of formats that are not read
     b"\x1f\x8b": "gzip", b"\x89HDF": "HDF5 or MINC", b"CDF": "MINC", b"PK": "a zip archive",
 }  # fmt: skip
 MIN_BRAIN = 0.15  # share of brain in a slice; slices with less show too little to learn from
-HEAD_MM = (
-    80,
-    400,
-)  # longest side of a head's volume; the frame of a single slice may be larger
+HEAD_MM = (80, 400)  # longest side of a head's volume; a single slice may have twice that
 NEGATIVE = 0.01  # share of voxels below 0 from which on they belong to the head
 FEW_VALUES = 32  # a volume with at most so many distinct values is a label map
 LABELS = "a label map"

@@ -222,7 +222,7 @@ def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
     once = {}  # x.nii, x.nii.gz and x.nii.gz/x.nii are the same scan
     for name in chosen:
         plain = people.collapsed(name)
-        once.setdefault(plain.lower().removesuffix(".gz") if name in volumes else plain, name)
+        once.setdefault(plain.lower().removesuffix(".gz") if volumes else plain, name)
     if twins := len(chosen) - len(once):
         ignored["copies unpacked or packed"] += twins
     chosen = list(once.values())
@@ -262,7 +262,7 @@ def _one_scan_a_session(items: list[Item], ignored: Counter) -> list[Item]:
         sessions[item.subject, _session(item)].append(item)
     kept = set()
     for scans in sessions.values():
-        if len(scans) > 1 and (_is_slice(scans[0]) or scans[0].subject.startswith(SLICE_KEY)):
+        if len(scans) > 1 and _is_slice(scans[0]):
             kept.update(item.name for item in scans)
             continue
         first = min(scans, key=_rank)

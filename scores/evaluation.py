@@ -373,13 +373,12 @@ class Scorer:
             first = np.isin(subjects, people[: len(people) // 2])
             a, b = (draw.permutation(np.flatnonzero(s))[: self.n] for s in (first, ~first))
             halves.append(metrics.area_distance(areas[a], areas[b], levels[a], levels[b]))
-        train, asked = self.rows["train"], self.asked_levels()
+        unit, asked = float(np.mean(halves)), self.asked_levels()
+        train, of_train = self.sets["train"].areas, asked["train"]
         kinds = {kind: kind for kind in KINDS} | {"unseen_people": "test"}
         return {
-            name: metrics.area_distance(
-                self.sets[kind].areas, areas[train], asked[kind], levels[train]
-            )
-            / float(np.mean(halves))
+            name: metrics.area_distance(self.sets[kind].areas, train, asked[kind], of_train)
+            / unit
             for name, kind in kinds.items()
         }
 
@@ -387,7 +386,8 @@ class Scorer:
         """The slice level of each slice of every set; NaN if it is unknown."""
         data = {"validation": self.data.validation, "test": self.data.test}
         asked = {name: split.levels[self.rows[name]] for name, split in data.items()}
-        asked["real"] = asked["reconstruction"] = self.data.train.levels[self.rows["real"]]
+        asked |= {name: self.data.train.levels[self.rows[name]] for name in ("train", "real")}
+        asked["reconstruction"] = asked["real"]
         asked["generated"] = self.level_asked.numpy()
         return asked
 
