@@ -157,9 +157,9 @@ class Config:
     )
 
     decoder_widths: tuple[int, int] = detail(
-        (32, 16), "least channels of the sharper decoder's two convolutions", low=1, high=4096
+        (32, 16), "least number of channels of its two convolutions", low=1, high=4096
     )
-    residual_blocks: int = detail(2, "residual blocks of it, on 64x64 cells", low=0, high=64)
+    residual_blocks: int = detail(2, "its residual blocks, on 64x64 cells", low=0, high=64)
     decoder_lr: float = detail(1e-3, "learning rate of the sharper decoder", low=1e-8, high=1)
     decoder_ema_kimg: float = detail(
         1.5, "half-life of its weight average, thousands of slices", low=0, high=1e5

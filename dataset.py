@@ -7,7 +7,7 @@ on these data would be wrong.
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ import torch
 from config import Config, Exit, UserError
 from loading import embedded
 from loading.cache import cached, check_skipped, decoded, ends_by_series, remove_stale
-from loading.decoding import Unreadable, peak_16bit, read_file
+from loading.decoding import Unreadable, peak_16bit, read_file, read_image
 from loading.sources import PARTS, Item, assign_parts, find, stable_hash
+from support import distributed
 from support.messages import printable, say, warn
 
 MAP = 64  # cells on a side of an index map
@@ -50,6 +51,14 @@ class BrainSlices(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
         """Return a slice, float32 (1,256,256) in [0,1], and its level."""
         return self.batch([index])[0], float(self.levels[index])
+
+    def brightest(self) -> np.ndarray:
+        """Return the brightest value of each pixel in at most 4,096 slices: uint8 (256,256)."""
+        seen = np.zeros(self.images.shape[1:], np.uint8)
+        for part in np.array_split(self.rows[evenly(len(self), 4096)], 64):
+            if len(part):
+                np.maximum(seen, self.images[part].max(0), out=seen)
+        return seen
 
     def batch(self, indices) -> torch.Tensor:
         """Return the slices of these indices, float32 (B,1,256,256) in [0,1]."""
@@ -102,6 +111,17 @@ class Crop(NamedTuple):
         (top, height), (left, width) = sides
         return cls(top, left, height, width)
 
+    @classmethod
+    def around_heads(cls, brightest: np.ndarray) -> "Crop":
+        """The crop around all heads, from `BrainSlices.brightest`.
+
+        A cell counts if its code depends on a pixel that is not black: its own 4x4 pixels, and
+        3 more on each side (`modules.blank_margins`).
+        """
+        seen = torch.from_numpy(brightest)[None].float()
+        lit = torch.nn.functional.max_pool2d(seen, PIXELS + 6, PIXELS, padding=3)[0] > 0
+        return cls.around(lit)
+
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in cells."""
@@ -123,10 +143,12 @@ class Crop(NamedTuple):
 def open_data(config: Config) -> Data:
     """Find, check, decode and split the data of `config.data` ('' is the embedded set).
 
-    Raises UserError: exit 3 if the data are unusable, 7 if the cache cannot be written.
+    The first process decodes, then all read. Raises UserError: exit 3 if the data are unusable,
+    7 if the cache cannot be written.
     """
     remove_stale(Path(config.cache))
-    return _open_folder(config) if config.data else _open_embedded(config)
+    opened = _open_folder if config.data else _open_embedded
+    return distributed.first_then_all(lambda: opened(config))
 
 
 def _open_embedded(config: Config) -> Data:
@@ -152,8 +174,7 @@ def _open_folder(config: Config) -> Data:
     images, fingerprint, table = decoded(config, items)
     skipped = check_skipped(config, items, table)
     report["skipped"] = [{"file": printable(n), "reason": why} for n, why in skipped.items()]
-    kept = [i for i, row in zip(items, table, strict=True) if not isinstance(row, str)]
-    counts = [row for row in table if not isinstance(row, str)]
+    kept, counts = _readable(items, table)
     if labels := len(items) - len(kept) - len(skipped):
         report["ignored"]["label maps"] = labels
     report["split"], notes = assign_parts(kept, config)
@@ -162,6 +183,44 @@ def _open_folder(config: Config) -> Data:
     columns = [i.subject for i in kept], [i.part or "" for i in kept], [i.series for i in kept]
     rows = [np.repeat(column, counts) for column in columns]
     return _data(config, images, fingerprint, *rows, report)
+
+
+def _readable(items: list[Item], table: list) -> tuple[list[Item], list[int]]:
+    """The items that were decoded, and the number of slices of each."""
+    found = [(i, n) for i, n in zip(items, table, strict=True) if not isinstance(n, str)]
+    return [item for item, _ in found], [n for _, n in found]
+
+
+def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlices:
+    """All slices below a folder as one split.
+
+    subjects False: slices that show nobody, each for itself and without a level. Raises
+    UserError (exit 3) if the data are unusable.
+    """
+    config = replace(config, data=str(path))
+    items, report = find(path, config, subjects)
+    images, _, table = decoded(config, items)
+    check_skipped(config, items, table)
+    kept, counts = _readable(items, table)
+    names = [item.subject if subjects else item.name for item in kept]
+    series = [item.series if subjects else item.name for item in kept]
+    names, series = np.repeat(names, counts), np.repeat(series, counts)
+    levels = _levels(series) if subjects else np.full(len(images), np.nan)
+    who = f" of {len(set(names.tolist())):,} subjects" if subjects else ""
+    say(f"{printable(path)}: {len(images):,} slices{who}{_sizes_of(kept)}")
+    for note in report["notes"]:
+        say(f"  {note}")
+    return BrainSlices(images, np.arange(len(images)), names, levels)
+
+
+def _sizes_of(items: list[Item]) -> str:
+    """Say how images, at most 64 of them, were brought to 256x256; "" if they had that size."""
+    chosen = [items[i] for i in evenly(len(items), 64) if not items[i].is_volume]
+    sizes = sorted({read_image(item.path.read_bytes()).shape for item in chosen})
+    if sizes in ([], [(256, 256)]):
+        return ""
+    shown = ", ".join(f"{height}x{width}" for height, width in sizes[:5])
+    return f", {shown}, centred in 256x256 (smaller than 129 or larger than 256: resized)"
 
 
 def _check_pixels(images: np.ndarray):

@@ -38,7 +38,7 @@ def main(arguments):
     messages.say(f"settings: {settings} (all of them: config.json, in the run's folder)")
     messages.say(f"device: {place}, {config.precision} precision")
     runs.check_out(config)
-    data = distributed.first_then_all(lambda: open_data(config))
+    data = open_data(config)
     train.check_enough(data)
     given = "seed" in arguments, "runs" in arguments
     folder, seeds = distributed.first(

@@ -687,7 +687,7 @@ def draw_maps(
     """Noise (n, Z), levels (n,) -> index maps (n, 64, 64) int64, on the CPU.
 
     restore: a function of the generator's output (B, C, h, w) and noise (B, Z) that returns
-    index maps (B, h, w), such as the denoiser's. Without it, cells are binned.
+    index maps (B, h, w), such as the denoiser's. Without it, `code_map.decode`.
     """
 
     def draw(z: Tensor, level: Tensor) -> Tensor:

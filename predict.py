@@ -2,13 +2,14 @@
 
 In: a results folder (its best run), the folder of one seed, or an export. Out: 8-bit grey PNGs
 of 256x256, a volume, `metrics.json` and figures, an export. In a notebook:
-`run = load_run("runs/NAME"); maps, brains = run.sample(8)`.
+`run = load_run("runs/NAME"); maps, brains = run.sample(8)`. `score` needs no run: it compares
+any two folders of slices.
 """
 
 import argparse
 
 from config import Config, Exit, UserError
-from support.cli import Parser, add_options
+from support.cli import Parser, add_options, config_from
 
 
 def whole(text: str) -> int:
@@ -45,8 +46,11 @@ def parse():
     def command(name: str, help: str):
         title = help[0].upper() + help[1:] + "."
         added = commands.add_parser(name, help=help, description=title)
-        added.add_argument("run", metavar="RUN", help="results folder, seed-* folder or export")
-        add_options(added, ("device",))
+        if name != "score":
+            added.add_argument(
+                "run", metavar="RUN", help="results folder, seed-* folder or export"
+            )
+            add_options(added, ("device",))
         return added
 
     generate = command("generate", "draw new slices")
@@ -54,6 +58,7 @@ def parse():
     reconstruct = command("reconstruct", "encode and decode given slices")
     evaluate = command("evaluate", "score a run; writes metrics.json, figures and report.html")
     export = command("export", "write a folder to share: safetensors and a model card")
+    score = command("score", "score the slices in any folder beside real ones, without a run")
     for drawing, folder in ((generate, "generated"), (walk, "interpolated")):
         drawing.add_argument("--n", type=whole, default=16, help="number of slices [16]")
         drawing.add_argument(
@@ -75,6 +80,15 @@ def parse():
     as_trained = {"data": "as trained", "cache": "as trained", "samples": "as trained"}
     add_options(evaluate, ("data", "cache", "samples"), **as_trained)
     export.add_argument("--out", required=True, help="a new folder, or an earlier export's")
+    score.add_argument("real", metavar="REAL_DIR", help="real slices or volumes")
+    score.add_argument("fake", metavar="FAKE_DIR", help="generated slices")
+    score.add_argument(
+        "--against", metavar="OTHER_REAL_DIR", help="real slices of other people, whom the "
+        "generator has not seen: for the trained judge and for memorised samples",
+    )  # fmt: skip
+    score.add_argument("--out", default="", help="JSON file [scores.json in FAKE_DIR]")
+    shared = ("cache", "slices", "axis", "subject_pattern", "allow_slice_split", "samples")
+    add_options(score, shared)
     return parser.parse_args()
 
 
@@ -92,9 +106,9 @@ from PIL import Image
 from torch import Tensor
 
 import modules
-from dataset import Data, evenly, open_data, read_slices, unit_range
+from dataset import Data, evenly, open_data, open_slices, read_slices, unit_range
 from scores import export, figures, metrics, report, results
-from scores.evaluation import evaluate, table
+from scores.evaluation import evaluate, generation_table, score_folders, table
 from stages.decoder import make_sharper_vqvae
 from stages.denoiser import Denoiser, make_denoiser
 from support import checkpoints, device, endings, files, messages, runs
@@ -493,6 +507,27 @@ def save_report(folder: Path, data: Data, on: str):
         files.write_text(folder / "report.html", report.page(folder, run, data))
 
 
+def score_command(arguments):
+    config = config_from(arguments)
+    real, fake = (
+        open_slices(Path(folder), config, subjects)
+        for folder, subjects in ((arguments.real, True), (arguments.fake, False))
+    )
+    unseen = open_slices(Path(arguments.against), config) if arguments.against else None
+    if unseen and (shared := set(real.subjects.tolist()) & set(unseen.subjects.tolist())):
+        messages.warn(
+            f"{len(shared)} subjects, such as {min(shared)}, are in REAL_DIR and in --against: "
+            "are they the same people? Then the judge and memorised shares are wrong"
+        )
+    scores = score_folders(real, fake, unseen, config)
+    messages.say(generation_table(scores))
+    if not unseen:
+        messages.say("left out: trained judge, memorised share; they need --against")
+    path = Path(arguments.out) if arguments.out else Path(arguments.fake) / "scores.json"
+    files.write_json(path, scores)
+    messages.say(f"scores: {path}")
+
+
 COMMANDS = {
     "generate": generate_command, "interpolate": interpolate_command,
     "reconstruct": reconstruct_command, "evaluate": evaluate_command,
@@ -501,8 +536,10 @@ COMMANDS = {
 
 
 def main(arguments):
+    if arguments.command == "score":
+        return score_command(arguments)
     run = load_run(arguments.run, getattr(arguments, "device", "auto"))
-    COMMANDS[arguments.command](run, arguments)
+    return COMMANDS[arguments.command](run, arguments)
 
 
 if __name__ == "__main__":

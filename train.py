@@ -26,7 +26,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
@@ -127,19 +126,8 @@ def vqvae_step(
 
 
 def crop_of(train: BrainSlices, config: Config) -> Crop:
-    """The crop around all heads, from at most 4,096 training slices.
-
-    A cell counts if its code depends on a pixel that is not black: its own 4x4 pixels, and 3
-    more on each side (`modules.blank_margins`). The original recipe uses whole slices.
-    """
-    if config.original:
-        return Crop()
-    seen = np.zeros(train.images.shape[1:], np.uint8)
-    for part in np.array_split(train.rows[evenly(len(train), 4096)], 64):
-        if len(part):
-            np.maximum(seen, train.images[part].max(0), out=seen)
-    seen = torch.from_numpy(seen)[None].float()
-    return Crop.around(F.max_pool2d(seen, PIXELS + 6, PIXELS, padding=3)[0] > 0)
+    """The crop around all heads of the training split; whole slices in the original recipe."""
+    return Crop() if config.original else Crop.around_heads(train.brightest())
 
 
 @torch.no_grad()
@@ -181,12 +169,10 @@ def measure_vqvae(model: VQVAE, stage: Stage) -> dict:
     if not stage.due(10):
         return {}
     validation = stage.run.data.validation
-    rows = evenly(len(validation), 128)
-    images = validation.batch(rows[distributed.share(len(rows))])
-    indices = model.encode(images)
-    scores = likeness(images, model.decode(indices))
+    images = validation.batch(evenly(len(validation), 128))
+    indices = distributed.in_shares(model.encode, images)
+    scores = likeness(images, distributed.in_shares(model.decode, indices))
     counts = torch.bincount(indices.flatten(), minlength=stage.run.config.codes)
-    distributed.sum_(counts)
     stage.offer(-scores["ssim_validation"], model=model)
     if stage.done:
         warn_of_blanks(stage, images)
@@ -199,7 +185,7 @@ def warn_of_blanks(stage: Stage, images: Tensor):
 
     Most of a slice is black, so the SSIM of a dead decoder looks like a score.
     """
-    black = distributed.gathered(metrics.ssim(images, torch.zeros_like(images))).mean().item()
+    black = metrics.ssim(images, torch.zeros_like(images)).mean().item()
     if stage.best is None or -stage.best < black + 0.01:
         best = "none" if stage.best is None else f"{-stage.best:.3f}"
         messages.warn(
@@ -253,13 +239,15 @@ def write_maps(model: VQVAE, run: Run):
 @torch.no_grad()
 def index_maps(model: VQVAE, run: Run) -> Iterator[np.ndarray]:
     """Index maps (n, 64, 64) uint16 of every slice of the source, in order, n at a time."""
-    pixels, n = run.data.images, 64 * distributed.count()  # (slices, 256, 256) uint8
-    starts = range(0, len(pixels), n)
+    slices, n = run.data.images, 64 * distributed.count()  # (slices, 256, 256) uint8
+
+    def encode(pixels: np.ndarray) -> Tensor:
+        return model.encode(unit_range(torch.from_numpy(np.array(pixels)))).short()
+
+    starts = range(0, len(slices), n)
     for start in messages.progress(starts, total=len(starts), label="index maps"):
-        part = pixels[start : start + n]
-        images = unit_range(torch.from_numpy(np.array(part[distributed.share(len(part))])))
-        maps = model.encode(images).numpy().astype(np.uint16)
-        yield np.concatenate(distributed.collected(maps))
+        maps = distributed.in_shares(encode, slices[start : start + n])
+        yield maps.numpy().view(np.uint16)  # a type that torch lacks
         run.signals.check(lambda: None)
 
 
@@ -481,6 +469,10 @@ class Monitor:
         parts = np.array_split(evenly(len(split), count), math.ceil(count / 64))
         return torch.cat([self.network.features(split.batch(p)) for p in parts if len(p)])
 
+    def features_of(self, maps: Tensor) -> Tensor:
+        """Features (n, F) of index maps (n, 64, 64), decoded."""
+        return self.network.features(modules.in_full_batches(self.vqvae.decode, maps))
+
     @torch.no_grad()
     def measure(self, stage: Stage) -> dict:
         """diversity, every row: 1 is that of real maps; fd_validation, eight times.
@@ -492,15 +484,12 @@ class Monitor:
         if full and self.contrast:
             self.contrast.fit(gan.average)
             gan.G.contrast.copy_(gan.average.contrast)  # or averaging would change it
-        mine = distributed.share(n)
-        noise = (part[:n][mine] for part in self.noise)
-        maps = modules.draw_maps(gan.average, gan.code_map, *noise)
-        some = distributed.gathered(maps)[:64]
-        self.diversity = mean_distance(gan.code_map.encode(some)) / self.real_spread
+        draw = functools.partial(modules.draw_maps, gan.average, gan.code_map)
+        maps = distributed.in_shares(draw, *(part[:n] for part in self.noise))
+        self.diversity = mean_distance(gan.code_map.encode(maps[:64])) / self.real_spread
         values = {"diversity": self.diversity}
         if full:
-            images = modules.in_full_batches(self.vqvae.decode, maps)
-            features = distributed.gathered(self.network.features(images))
+            features = distributed.in_shares(self.features_of, maps)
             score = metrics.frechet_distance(features, self.real) / self.floor
             values["fd_validation"] = score
             stage.offer(score, gan.run.config.gan_tolerance, generator=gan.average)
@@ -582,7 +571,7 @@ def main(arguments):
     device.choose_device(config.device)
     check_shares(config)
     runs.check_out(config)
-    data = distributed.first_then_all(lambda: open_data(config))
+    data = open_data(config)
     check_enough(data)
     given = "seed" in arguments, "runs" in arguments
     folder, seeds = distributed.first(

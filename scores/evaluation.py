@@ -1,30 +1,29 @@
-"""Every score of a finished run with its references: one dict for `metrics.json`, one table.
+"""Every score of a set of slices with its references: one dict for JSON, one table.
 
-In: a loaded run (`predict.TrainedRun`) and the data it was trained on. Out: plain values, and
-the features that figures need. The measures are in `metrics`; this file says what is compared
-with what.
+In: a loaded run (`predict.TrainedRun`) and its data, or two folders of slices. Out: plain
+values, and the features that figures need. The measures are in `metrics` and `judge`; this file
+says what is compared with what.
 """
 
-import hashlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import Config, Exit, UserError
-from dataset import BrainSlices, Data
-from modules import generator_of
+from dataset import BrainSlices, Crop, Data
 from scores import judge, metrics
-from support import checkpoints, device, messages
+from scores.encoder import SliceEncoder, slice_encoder
+from support import device
 
 PART = 128  # slices in memory at a time
 JUDGED = 2048  # training slices that the judge learns
 NEAREST = 128  # samples whose nearest test slices are searched
+LEAST = 12  # slices in a set: precision and recall need 5 neighbours
 
 
 def parts_of(
@@ -39,94 +38,6 @@ def parts_of(
 def in_parts(measure, split: BrainSlices, indices=None) -> Tensor:
     """`measure` as one tensor: slices need not fit into memory, features must."""
     return torch.cat(list(parts_of(measure, split, indices)))
-
-
-# --- learned features ---------------------------------------------------------------------
-
-
-class SliceEncoder(nn.Module):
-    """An autoencoder's encoder: 64 features per slice, trained on the training split.
-
-    `metrics.RandomFeatures` capture texture, wherever it lies. These capture layout, since 64
-    numbers must suffice to draw the slice again. A further output is the slice level. It is
-    not part of the model under test.
-    """
-
-    VERSION = 1  # raise it if the network or its training changes
-    SIZE = 64
-    BATCH, LR = 32, 2e-3
-    IMAGES = 24_000  # seen in training; 8 passes if the split is small
-
-    def __init__(self):
-        super().__init__()
-
-        def down(ins, outs):
-            return nn.Conv2d(ins, outs, 3, 2, 1), nn.LeakyReLU(0.1)
-
-        def up(ins, outs):
-            return nn.ConvTranspose2d(ins, outs, 4, 2, 1), nn.LeakyReLU(0.1)
-
-        self.down = nn.Sequential(
-            *down(1, 16), *down(16, 32), *down(32, 64), *down(64, 64),
-            nn.Flatten(), nn.Linear(64 * 8 * 8, self.SIZE),
-        )  # fmt: skip
-        self.up = nn.Sequential(
-            nn.Linear(self.SIZE, 64 * 8 * 8), nn.Unflatten(1, (64, 8, 8)), nn.LeakyReLU(0.1),
-            *up(64, 64), *up(64, 32), *up(32, 16), nn.Conv2d(16, 1, 3, padding=1),
-        )  # fmt: skip
-        self.level = nn.Linear(self.SIZE, 1)
-        self.to(memory_format=torch.channels_last)
-
-    def loss(self, x: Tensor, level: Tensor) -> Tensor:
-        """Squared errors () of x (B, 1, 256, 256) and of level (B,), NaN if unknown."""
-        code = self.down(F.avg_pool2d(x, 2))  # (B, 64)
-        drawn = F.mse_loss(self.up(code).float(), F.avg_pool2d(x, 4))
-        known = level.isfinite()
-        wrong = (self.level(code)[:, 0].float() - level.nan_to_num()) * known
-        return drawn + 0.01 * wrong.square().mean()
-
-    @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """(N, 1, 256, 256) -> (N, 65): 64 features, and the predicted slice level."""
-        codes = [self.down(F.avg_pool2d(part, 2)) for part in x.split(32)]
-        return torch.cat([torch.cat([code, self.level(code)], 1) for code in codes])
-
-
-def slice_encoder(data: Data, cache: Path) -> SliceEncoder:
-    """The encoder of this training split: trained on first use, kept in `cache`."""
-    people = hashlib.sha256(data.train.rows.tobytes()).hexdigest()[:8]
-    path = cache / f"encoder-{data.fingerprint}-{people}.pt"
-    expected = {"stage": "encoder", "version": SliceEncoder.VERSION, "data": data.fingerprint}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = SliceEncoder()
-    try:
-        values = checkpoints.load_checkpoint(path, **expected)
-        return checkpoints.load_weights(encoder, values.get("encoder"), path).eval()
-    except UserError as problem:
-        if path.exists():
-            messages.warn(f"{problem}; training it again")
-    train_encoder(encoder, data.train)
-    device.release_memory()
-    cache.mkdir(parents=True, exist_ok=True)
-    checkpoints.save_checkpoint(path, expected | {"encoder": encoder.state_dict()})
-    return encoder.eval()
-
-
-def train_encoder(encoder: SliceEncoder, train: BrainSlices):
-    steps = math.ceil(min(encoder.IMAGES, 8 * len(train)) / encoder.BATCH)
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=encoder.LR, fused=True)
-    rule = torch.optim.lr_scheduler.OneCycleLR(optimizer, encoder.LR, total_steps=steps)
-    levels = torch.from_numpy(train.levels)
-    for step in messages.progress(range(steps), total=steps, label="encoder for scores"):
-        draw = generator_of(0, step)
-        rows = torch.randint(len(train), (encoder.BATCH,), generator=draw)
-        with device.autocast(torch.device("cpu"), "auto"):
-            loss = encoder.loss(train.batch(rows), levels[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        rule.step()
 
 
 # --- reconstruction -----------------------------------------------------------------------
@@ -174,295 +85,238 @@ def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
 
 
 KINDS = ("generated", "reconstruction", "real")  # what is scored, and its references
+UNSEEN = ("validation", "test")  # people that no network has learned
 
 
 @dataclass
 class Described:
     """Features of one set of n slices."""
 
-    features: np.ndarray  # (n, 176) of random convolutions
-    fine: np.ndarray  # (n, 176) of the same, of the slice minus its 5x5 mean
-    learned: np.ndarray  # (n, 64) of the encoder
-    level_seen: np.ndarray  # (n,) predicted slice level
+    levels: np.ndarray  # (n,) slice levels, NaN if unknown
+    spaces: dict[str, np.ndarray]  # (n, F) features by space
     areas: np.ndarray  # (n, 3) pixels of CSF, grey and white matter
     judged: Tensor  # (n, 1, h, w) uint8, as the judge sees them
-    spectrum: Tensor | None = None  # (R,) dB
+    spectrum: Tensor  # (R,) dB
+    level_seen: np.ndarray | None = None  # (n,) slice levels by the encoder
     pairs: float = math.nan  # mean MS-SSIM of random pairs
-
-
-def slices_compared(config: Config, data: Data) -> int:
-    """n, slices of each kind: --samples, or as many as the smallest set has."""
-    return min(config.samples, len(data.test), len(data.validation), len(data.train) // 2)
+    near: dict[str, np.ndarray] = field(default_factory=dict)  # (n,) to the nearest, by space
 
 
 class Scorer:
-    """Features of the sets that are compared, n slices of each kind.
+    """Sets of n slices, described by features, and the scores that compare them.
 
-    train, real: two disjoint random draws of training slices. reconstruction: of `real`.
-    generated. validation, test: unseen people.
+    source: the reference slices, such as the training split. "train" and "real" are disjoint
+    random draws of them. `add` brings the other sets: "generated", "reconstruction" (of
+    "real"), and "validation" and "test" (unseen people).
+    Spaces of features: "texture", of random convolutions; "fine", the same of the slice minus
+    its 5x5 mean; with an encoder "learned", which captures layout.
+    A score is a dict, kind -> number: "generated" is the result, the others are references.
     """
 
-    def __init__(self, run, data: Data):
-        self.run, self.data = run, data
-        self.n = n = slices_compared(run.config, data)
-        self.random = metrics.RandomFeatures()
-        cache = Path(run.config.cache)
-        self.encoder = slice_encoder(data, cache)
-        order = np.random.default_rng(0).permutation(len(data.train))
+    def __init__(
+        self, source: BrainSlices, n: int, crop: Crop, encoder: SliceEncoder | None = None
+    ):
+        self.source, self.n, self.crop, self.encoder = source, n, crop, encoder
+        network = metrics.RandomFeatures()
+        self.spaces = {"texture": network.features, "fine": network.fine_features}
+        if encoder:
+            self.spaces["learned"] = lambda x: encoder.features(x)[:, :-1]
+        order = np.random.default_rng(0).permutation(len(source))
         self.rows = {"train": order[:n], "real": order[n : 2 * n]}
-        other = np.random.default_rng(1)
-        self.rows["validation"] = other.permutation(len(data.validation))[:n]
-        self.rows["test"] = other.permutation(len(data.test))[:n]
-        self.units = self.unit_of_each(order[: 4 * n])
-        train = data.train.batch(self.rows["train"])
-        self.thresholds = metrics.tissue_thresholds(train)
-        self.sets = {"train": self.described(train)}
-        real = data.train.batch(self.rows["real"])
-        self.sets["real"] = self.with_pairs(real)
-        self.sets["reconstruction"] = self.with_pairs(run.reconstruct(real)[1])
-        for name, split in (("validation", data.validation), ("test", data.test)):
-            self.sets[name] = self.features_of(split.batch(self.rows[name]))
-        # Copies of any training slice count, not only of those in "train".
-        self.all_train = {
-            "features": in_parts(self.random.features, data.train).numpy(),
-            "learned": in_parts(self.learned, data.train).numpy(),
+        # The units of relative FD: mean distance of random draws of n reference slices.
+        self.units = {
+            space: metrics.relative_floor(in_parts(f, source, order[: 4 * n]), n)[0]
+            for space, f in self.spaces.items()
         }
-        self.near_training = {of: {} for of in self.all_train}
-        for name in ("validation", "test", "real", "reconstruction"):
-            self.measure_nearest(name)
-        self.draw(run)
-
-    def draw(self, run):
-        """Set n samples of `run` as the generated set."""
-        images = run.sample(self.n)[1]
-        self.level_asked, self.conditional = run.noise(self.n)[1], run.conditional
-        self.first = images[:NEAREST].clone()
-        self.sets["generated"] = self.with_pairs(images)
-        self.measure_nearest("generated")
-
-    def measure_nearest(self, name: str):
-        for of, bank in self.all_train.items():
-            found = metrics.distance_to_nearest(getattr(self.sets[name], of), bank)
-            self.near_training[of][name] = found
-
-    def learned(self, images: Tensor) -> Tensor:
-        return self.encoder.features(images)[:, :-1]
-
-    def unit_of_each(self, pool: np.ndarray) -> dict[str, float]:
-        """The units of relative FD: mean distance of random draws of n training slices."""
-        kinds = {
-            "features": self.random.features,
-            "fine": self.random.fine_features,
-            "learned": self.learned,
+        # Copies of any reference slice count, not only of those in "train".
+        self.bank = {
+            space: in_parts(f, source).numpy()
+            for space, f in self.spaces.items()
+            if space != "fine"
         }
-        return {
-            name: metrics.relative_floor(in_parts(f, self.data.train, pool), self.n)[0]
-            for name, f in kinds.items()
-        }
+        self.thresholds = metrics.tissue_thresholds(source.batch(self.rows["train"]))
+        self.sets: dict[str, Described] = {}
+        for name, rows in self.rows.items():
+            self.add(name, source.batch(rows), source.levels[rows])
 
-    def features_of(self, images: Tensor) -> Described:
-        learned = self.encoder.features(images).numpy()
-        return Described(
-            features=self.random.features(images).numpy(),
-            fine=self.random.fine_features(images).numpy(),
-            learned=learned[:, :-1],
-            level_seen=learned[:, -1],
+    def add(self, name: str, images: Tensor, levels: np.ndarray):
+        """Describe a set of slices (n, 1, 256, 256). levels (n,): NaN if unknown."""
+        found = Described(
+            levels=np.asarray(levels),
+            spaces={space: f(images).numpy() for space, f in self.spaces.items()},
             areas=metrics.tissue_areas(images, self.thresholds),
-            judged=judge.prepared(images, self.run.code_map.crop),
+            judged=judge.prepared(images, self.crop),
+            spectrum=metrics.radial_spectrum(images),
+        )
+        if self.encoder:
+            found.level_seen = self.encoder.features(images)[:, -1].numpy()
+        if name in KINDS:
+            found.pairs = metrics.ms_ssim_of_pairs(images)
+        if name != "train":
+            found.near = {
+                space: metrics.distance_to_nearest(found.spaces[space], bank)
+                for space, bank in self.bank.items()
+            }
+        self.sets[name] = found
+
+    def each(
+        self, measure: Callable[[Described], float], unseen: bool = False
+    ) -> dict[str, float]:
+        """`measure` of every kind that was added; unseen: also of people in "test"."""
+        kinds = {kind: kind for kind in KINDS} | ({"unseen_people": "test"} if unseen else {})
+        return {k: float(measure(self.sets[s])) for k, s in kinds.items() if s in self.sets}
+
+    def fd(self, space: str, against: str) -> dict[str, float]:
+        """Relative FD in a space of features."""
+        target, unit = self.sets[against].spaces[space], self.units[space]
+        return self.each(
+            lambda s: metrics.frechet_distance(s.spaces[space], target) / unit,
+            unseen=against == "train",
         )
 
-    def described(self, images: Tensor) -> Described:
-        """`features_of`, with the spectrum."""
-        found = self.features_of(images)
-        found.spectrum = metrics.radial_spectrum(images)
-        return found
-
-    def with_pairs(self, images: Tensor) -> Described:
-        """`described`, with the pairs, which take most of the time."""
-        found = self.described(images)
-        found.pairs = metrics.ms_ssim_of_pairs(images)
-        return found
-
-    # Each score is a dict: set -> number. "generated" is the result, the others are references.
-
-    def each(self, measure, *kinds: str) -> dict[str, float]:
-        return {kind: float(measure(self.sets[kind])) for kind in kinds or KINDS}
-
-    def fd(self, of: str, against: str, unseen: bool = False) -> dict[str, float]:
-        """Relative FD of each kind; unseen: also of test slices, the mark to compare with."""
-
-        def measure(found: Described) -> float:
-            target = getattr(self.sets[against], of)
-            return metrics.frechet_distance(getattr(found, of), target) / self.units[of]
-
-        result = self.each(measure)
-        if unseen:
-            result["unseen_people"] = measure(self.sets["test"])
-        return result
-
-    def overlap(self, of: str) -> dict[str, dict[str, float]]:
+    def overlap(self, space: str) -> dict[str, dict[str, float]]:
         """Precision, recall, coverage: measure -> kind -> number."""
-        target = getattr(self.sets["train"], of)
-        kinds = {k: metrics.prdc(target, getattr(self.sets[k], of)) for k in KINDS}
+        target = self.sets["train"].spaces[space]
+        found = {
+            kind: metrics.prdc(target, self.sets[kind].spaces[space])
+            for kind in KINDS
+            if kind in self.sets
+        }
         names = ("precision", "recall", "coverage")
-        return {name: {k: values[name] for k, values in kinds.items()} for name in names}
+        return {name: {k: values[name] for k, values in found.items()} for name in names}
 
     def classifier(self) -> dict[str, float]:
-        """Held-out AUC of training slices against others, folds by subject.
+        """Held-out AUC of reference slices against others, folds by subject.
 
-        Empty if all training slices are of one subject, or no fold has both sides.
+        Empty if all reference slices are of one subject, or no fold has both sides.
         """
-        subjects = {k: self.data.train.subjects[self.rows[k]] for k in ("train", "real")}
-        groups = {"generated": None, "reconstruction": subjects["real"]}
-        groups["real"] = subjects["real"]
+        subjects = {name: self.source.subjects[rows] for name, rows in self.rows.items()}
         if min(len(set(names.tolist())) for names in subjects.values()) < 2:
             return {}
-        train = self.sets["train"].features
+        train = self.sets["train"].spaces["texture"]
         scores = {
-            kind: metrics.c2st_auc(train, self.sets[kind].features, subjects["train"], group)
-            for kind, group in groups.items()
+            kind: metrics.c2st_auc(
+                train,
+                self.sets[kind].spaces["texture"],
+                subjects["train"],
+                None if kind == "generated" else subjects["real"],
+            )
+            for kind in KINDS
+            if kind in self.sets
         }
         return {kind: score for kind, score in scores.items() if not math.isnan(score)}
 
-    def memorised(self, of: str) -> dict[str, float]:
-        """Share nearer to a training slice than 95 % of unseen people's slices are.
+    def memorised(self, space: str) -> dict[str, float]:
+        """Share nearer to a reference slice than 95 % of unseen people's slices are.
 
-        Controls: "planted_copies" are training slices (distance 0); "reconstruction"s of
-        training slices are the best copies that the decoder can draw.
+        Controls: "planted_copies" are reference slices (distance 0); "reconstruction"s of
+        them are the best copies that the decoder can draw.
         """
-        near = self.near_training[of]
         kinds = {"generated": "generated", "reconstruction": "reconstruction"}
         kinds |= {"unseen_people": "validation", "planted_copies": "real"}
+        limit = self.sets["test"].near[space]
         return {
-            name: metrics.memorised_share(near[kind], near["test"])
+            name: metrics.memorised_share(self.sets[kind].near[space], limit)
             for name, kind in kinds.items()
+            if kind in self.sets
         }
 
     def judge_auc(self) -> dict[str, dict[str, float]]:
-        """AUC of trained judges on unseen people, by the split of these people.
+        """AUC of trained judges on unseen people, by the set of these people.
 
-        Each judge learns training slices that are in no other set.
+        Each judge learns reference slices that are in no other set.
         """
-        rows = np.setdiff1d(np.arange(len(self.data.train)), self.rows["real"])
+        rows = np.setdiff1d(np.arange(len(self.source)), self.rows["real"])
         rows = np.random.default_rng(2).permutation(rows)[:JUDGED]
-        crop = self.run.code_map.crop
-        real = in_parts(lambda x: judge.prepared(x, crop), self.data.train, rows)
-        unseen = {name: self.sets[name].judged for name in ("validation", "test")}
-        judges = {"generated": judge.JUDGES, "reconstruction": 2, "real": 2}
-        found = {
-            k: judge.judged(real, self.sets[k].judged, unseen, n) for k, n in judges.items()
-        }
-        aucs = {
-            f"judge_auc_{name}": {kind: values[name][0] for kind, values in found.items()}
-            for name in unseen
-        }
-        for name in unseen:
-            aucs[f"judge_auc_{name}"]["standard_error"] = found["generated"][name][1]
-        return aucs
+        real = in_parts(lambda x: judge.prepared(x, self.crop), self.source, rows)
+        unseen = {name: self.sets[name].judged for name in UNSEEN if name in self.sets}
+        aucs = {name: {} for name in unseen}
+        for kind in KINDS:
+            if kind not in self.sets:
+                continue
+            judges = judge.JUDGES if kind == "generated" else 2
+            found = judge.judged(real, self.sets[kind].judged, unseen, judges)
+            for name, (auc, error) in found.items():
+                aucs[name][kind] = auc
+                if kind == "generated":
+                    aucs[name]["standard_error"] = error
+        return {f"judge_auc_{name}": values for name, values in aucs.items()}
 
     def morphometry(self) -> dict[str, float]:
-        """Distance of tissue areas from training slices, over that of two halves of people."""
-        levels, subjects = self.data.train.levels, self.data.train.subjects
+        """Distance of tissue areas from reference slices, over that of two halves of people.
+
+        Empty if all reference slices are of one subject.
+        """
+        levels, subjects = self.source.levels, self.source.subjects
+        if len(people := np.unique(subjects)) < 2:
+            return {}
         areas = in_parts(
-            lambda x: torch.from_numpy(metrics.tissue_areas(x, self.thresholds)),
-            self.data.train,
+            lambda x: torch.from_numpy(metrics.tissue_areas(x, self.thresholds)), self.source
         ).numpy()
         draw, halves = np.random.default_rng(3), []
         for _ in range(10):
-            people = draw.permutation(np.unique(subjects))
-            first = np.isin(subjects, people[: len(people) // 2])
+            order = draw.permutation(people)
+            first = np.isin(subjects, order[: len(order) // 2])
             a, b = (draw.permutation(np.flatnonzero(s))[: self.n] for s in (first, ~first))
             halves.append(metrics.area_distance(areas[a], areas[b], levels[a], levels[b]))
-        unit, asked = float(np.mean(halves)), self.asked_levels()
-        train, of_train = self.sets["train"].areas, asked["train"]
-        kinds = {kind: kind for kind in KINDS} | {"unseen_people": "test"}
-        return {
-            name: metrics.area_distance(self.sets[kind].areas, train, asked[kind], of_train)
-            / unit
-            for name, kind in kinds.items()
-        }
+        train, unit = self.sets["train"], float(np.mean(halves))
 
-    def asked_levels(self) -> dict[str, np.ndarray]:
-        """The slice level of each slice of every set; NaN if it is unknown."""
-        data = {"validation": self.data.validation, "test": self.data.test}
-        asked = {name: split.levels[self.rows[name]] for name, split in data.items()}
-        asked |= {name: self.data.train.levels[self.rows[name]] for name in ("train", "real")}
-        asked["reconstruction"] = asked["real"]
-        asked["generated"] = self.level_asked.numpy()
-        return asked
+        def distance(s: Described) -> float:
+            return metrics.area_distance(s.areas, train.areas, s.levels, train.levels) / unit
+
+        return self.each(distance, unseen=True)
 
     def spectrum(self) -> dict[str, float]:
-        """Mean difference of power spectra from training slices, up to their noise floor."""
+        """Mean difference of power spectra from reference slices, up to their noise floor."""
         train = self.sets["train"].spectrum
         end = max(9, metrics.noise_floor(train))
         return self.each(lambda s: metrics.spectrum_difference(train, s.spectrum, end))
 
     def level_error(self) -> dict[str, float]:
-        """Mean error of the predicted slice level, over slices of known level.
+        """Mean error of the predicted slice level, over slices of known level."""
 
-        A generator without levels is not scored.
-        """
-        asked = self.asked_levels()
-        kinds = {kind: kind for kind in KINDS} | {"unseen_people": "test"}
-        result = {}
-        for name, kind in kinds.items():
-            known = np.isfinite(asked[kind])
-            if known.any() and (name != "generated" or self.conditional):
-                errors = np.abs(self.sets[kind].level_seen - asked[kind])
-                result[name] = float(errors[known].mean())
-        return result
+        def error(found: Described) -> float:
+            known = np.isfinite(found.levels)
+            errors = np.abs(found.level_seen - found.levels)[known]
+            return errors.mean() if known.any() else math.nan
 
-    def near_test(self) -> dict[str, float]:
-        """Mean of the highest SSIM among the 8 nearest test slices, over 128 slices."""
-        real = self.data.validation.batch(self.rows["validation"][:NEAREST])
-        kinds = {"generated": self.first, "real": real}
-        return {
-            kind: metrics.ssim_to_nearest(
-                images, parts_of(metrics.thumbnails, self.data.test), self.data.test.batch
-            )
-            for kind, images in kinds.items()
-        }
+        return {k: v for k, v in self.each(error, unseen=True).items() if not math.isnan(v)}
 
-    def as_the_seed_counts_it(self) -> dict[str, float]:
-        one = self.first[:1]
-        scores = in_parts(lambda x: metrics.ssim(one.expand_as(x), x), self.data.test)
-        return {
-            "mean": scores.mean().item(),
-            "share_above": (scores > 0.6).float().mean().item(),
-        }
+    def all(self) -> dict:
+        """Every score that these sets allow."""
+        prefixes = {"texture": "", "learned": "learned_", "fine": "fine_"}
+        train, result = self.sets["train"].spaces["texture"], {"n": self.n}
+        for space in self.spaces:
+            prefix, targets = prefixes[space], ("train", *(UNSEEN if space != "fine" else ()))
+            for against in targets:
+                if against in self.sets:
+                    result[f"{prefix}fd_{against}"] = self.fd(space, against)
+            if space == "fine":
+                continue
+            result |= {f"{prefix}{name}": row for name, row in self.overlap(space).items()}
+            if "test" in self.sets:
+                result[f"{prefix}memorised_share"] = self.memorised(space)
+        if "reconstruction" in self.sets:
+            own = self.fd("fine", "reconstruction")["generated"]
+            result["fine_fd_reconstruction"] = {"generated": own}
+        result["kid_train"] = self.each(lambda s: metrics.kid(s.spaces["texture"], train))
+        result["c2st_auc"] = self.classifier()
+        if "test" in self.sets:
+            result |= self.judge_auc()
+        result["morphometry"] = self.morphometry()
+        result["spectrum_db"] = self.spectrum()
+        result["ms_ssim_of_pairs"] = self.each(lambda s: s.pairs)
+        if self.encoder:
+            result["level_error"] = self.level_error()
+        return {name: values for name, values in result.items() if values != {}}
 
 
-def score_generation(scorer: Scorer) -> dict:
-    """Each measure for generated slices, for reconstructions, and for real slices."""
-    s = scorer
-    result = {
-        "n": s.n,
-        "fd_train": s.fd("features", "train", unseen=True),
-        "fd_validation": s.fd("features", "validation"),
-        "fd_test": s.fd("features", "test"),
-        "learned_fd_train": s.fd("learned", "train", unseen=True),
-        "learned_fd_validation": s.fd("learned", "validation"),
-        "learned_fd_test": s.fd("learned", "test"),
-        "fine_fd_train": s.fd("fine", "train", unseen=True),
-        "fine_fd_reconstruction": {"generated": s.fd("fine", "reconstruction")["generated"]},
-        **s.overlap("features"),
-        **{f"learned_{name}": row for name, row in s.overlap("learned").items()},
-    }
-    train = s.sets["train"].features
-    result["kid_train"] = s.each(lambda x: metrics.kid(x.features, train))
-    if classifier := s.classifier():
-        result["c2st_auc"] = classifier
-    result |= s.judge_auc()
-    result["morphometry"] = s.morphometry()
-    result["spectrum_db"] = s.spectrum()
-    result["ms_ssim_of_pairs"] = s.each(lambda x: x.pairs)
-    if level := s.level_error():
-        result["level_error"] = level
-    result["memorised_share"] = s.memorised("features")
-    result["learned_memorised_share"] = s.memorised("learned")
-    result["ssim_to_nearest_test_slice"] = s.near_test()
-    result["as_the_seed_counts_it"] = s.as_the_seed_counts_it()
-    return result
+# --- a run --------------------------------------------------------------------------------
+
+
+def slices_compared(config: Config, data: Data) -> int:
+    """n, slices of each kind: --samples, or as many as the smallest set has."""
+    return min(config.samples, len(data.test), len(data.validation), len(data.train) // 2)
 
 
 def evaluate(run, data: Data) -> tuple[dict, Scorer]:
@@ -472,17 +326,82 @@ def evaluate(run, data: Data) -> tuple[dict, Scorer]:
             Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
         )
     reconstruction, codebook = score_reconstruction(run, data.test)
-    scorer = Scorer(run, data)
+    n, encoder = slices_compared(run.config, data), slice_encoder(data, Path(run.config.cache))
+    scorer = Scorer(data.train, n, run.code_map.crop, encoder)
+    real = scorer.rows["real"]
+    outputs = run.reconstruct(data.train.batch(real))[1]
+    scorer.add("reconstruction", outputs, data.train.levels[real])
+    draw = np.random.default_rng(1)
+    rows = {name: draw.permutation(len(getattr(data, name)))[:n] for name in UNSEEN}
+    for name, chosen in rows.items():
+        split = getattr(data, name)
+        scorer.add(name, split.batch(chosen), split.levels[chosen])
+    images = run.sample(n)[1]
+    levels = run.noise(n)[1].numpy() if run.conditional else np.full(n, math.nan)
+    scorer.add("generated", images, levels)
+    shown = {
+        "generated": images[:NEAREST].clone(),
+        "real": data.validation.batch(rows["validation"][:NEAREST]),
+    }
+    del images
     device.release_memory()
+    generation = scorer.all()
+    generation["ssim_to_nearest_test_slice"] = {
+        kind: metrics.ssim_to_nearest(
+            some, parts_of(metrics.thumbnails, data.test), data.test.batch
+        )
+        for kind, some in shown.items()
+    }
+    generation["as_the_seed_counts_it"] = as_the_seed_counts_it(shown["generated"][:1], data)
     result = {
         "seed": run.seed,
         "stamp": run.stamp,
         "reconstruction": reconstruction,
         "codebook": codebook,
-        "generation": score_generation(scorer),
+        "generation": generation,
     }
     result["peak_memory_mb"] = round(device.peak_memory_mb())
     return result, scorer
+
+
+def as_the_seed_counts_it(one: Tensor, data: Data) -> dict[str, float]:
+    """SSIM of one sample (1, 1, 256, 256) against every test slice."""
+    scores = in_parts(lambda x: metrics.ssim(one.expand_as(x), x), data.test)
+    return {
+        "mean": scores.mean().item(),
+        "share_above": (scores > 0.6).float().mean().item(),
+    }
+
+
+# --- two folders --------------------------------------------------------------------------
+
+
+def score_folders(
+    real: BrainSlices, fake: BrainSlices, unseen: BrainSlices | None, config: Config
+) -> dict:
+    """Every score of the slices `fake` beside `real` ones, by `Scorer.all`.
+
+    n is the number of fakes, or half of the real slices if these are fewer. unseen: slices of
+    other people; without them, scores that need them are left out.
+    Raises UserError (exit 3) if there are too few slices.
+    """
+    sizes = [len(fake), len(real) // 2] + ([len(unseen)] if unseen else [])
+    n = min(*sizes, config.samples)
+    if n < LEAST:
+        raise UserError(
+            Exit.DATA,
+            f"too few slices: {len(real)} real, {len(fake)} generated"
+            + (f", {len(unseen)} of unseen people" if unseen else "")
+            + f"; needed are {2 * LEAST}, {LEAST} and {LEAST}",
+        )
+    heads = np.maximum(real.brightest(), fake.brightest())
+    scorer = Scorer(real, n, Crop.around_heads(heads))
+    draw = np.random.default_rng(1)
+    for name, split in (("generated", fake), ("test", unseen)):
+        if split:
+            rows = draw.permutation(len(split))[:n]
+            scorer.add(name, split.batch(rows), split.levels[rows])
+    return scorer.all()
 
 
 # --- the table ----------------------------------------------------------------------------
@@ -564,8 +483,21 @@ def generation_rows(generation: dict) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def generation_table(generation: dict) -> str:
+    """The scores of generated slices as text."""
+    lines = [
+        f"generation, {generation['n']} slices of each kind:",
+        f"  {'':<46}{'generated':>12}{'reconstr.':>12}{'real':>10}{'unseen people':>15}",
+    ]
+    for name, (generated, reconstructed, real, unseen) in generation_rows(generation):
+        lines.append(
+            f"  {LABELS[name]:<46}{generated:>12}{reconstructed:>12}{real:>10}{unseen:>15}"
+        )
+    return "\n".join(lines)
+
+
 def table(result: dict) -> str:
-    """The scores as text, each beside its references."""
+    """The scores of a run as text, each beside its references."""
     r, c, g = result["reconstruction"], result["codebook"], result["generation"]
     lines = [f"reconstruction, {r['n']} test slices, mean (sd):"]
     for name, label in IMAGE_LABELS.items():
@@ -573,13 +505,8 @@ def table(result: dict) -> str:
     lines += [
         f"codebook: {c['used']} of {c['codes']} used, perplexity {c['perplexity']:.1f}, "
         f"{c['bits_per_pixel']:.3f} bits per pixel",
-        f"generation, {g['n']} slices of each kind:",
-        f"  {'':<46}{'generated':>12}{'reconstr.':>12}{'real':>10}{'unseen people':>15}",
+        generation_table(g),
     ]
-    for name, cells in generation_rows(g):
-        lines.append(
-            f"  {LABELS[name]:<46}{cells[0]:>12}{cells[1]:>12}{cells[2]:>10}{cells[3]:>15}"
-        )
     s, copies = g["as_the_seed_counts_it"], g["memorised_share"]["planted_copies"]
     lines.append(f"  memorised share of planted training slices, a control: {copies:.3f}")
     lines.append(

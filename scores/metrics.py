@@ -430,10 +430,13 @@ def tissue_areas(x: Tensor, thresholds: tuple[float, float]) -> np.ndarray:
 def area_distance(areas, other, levels, other_levels, bins: int = 8) -> float:
     """Mean Wasserstein distance, in pixels, of tissue areas (N,3) and (M,3) at equal level.
 
-    levels (N,), other_levels (M,): slice levels, compared in `bins` ranges; NaN is one range.
+    levels (N,), other_levels (M,): slice levels, compared in `bins` ranges, or all together if
+    one of them is unknown (NaN).
     """
-    ranges = [np.minimum(np.nan_to_num(x, nan=0) * bins, bins - 1).astype(int) for x in
-              (np.asarray(levels), np.asarray(other_levels))]
+    both = [np.asarray(levels), np.asarray(other_levels)]
+    if not all(np.isfinite(x).all() for x in both):
+        both, bins = [np.zeros(len(x)) for x in both], 1
+    ranges = [np.minimum(x * bins, bins - 1).astype(int) for x in both]
     distances = [
         wasserstein_distance(areas[ranges[0] == k, t], other[ranges[1] == k, t])
         for k in range(bins)

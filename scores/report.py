@@ -199,9 +199,12 @@ def save_figures(run, data: Data, scorer: Scorer, result: dict, rows: list[dict]
 
 def overlap(scorer: Scorer, result: dict, stamp: str):
     """Real, reconstructed and generated slices on two principal components of real ones."""
-    plane = PCA(2, svd_solver="full").fit(scorer.sets["train"].features)
+    plane = PCA(2, svd_solver="full").fit(scorer.sets["train"].spaces["texture"])
     names = {"real": "real", "reconstruction": "reconstructed", "generated": "generated"}
-    points = {name: plane.transform(scorer.sets[kind].features) for kind, name in names.items()}
+    points = {
+        name: plane.transform(scorer.sets[kind].spaces["texture"])
+        for kind, name in names.items()
+    }
     notes = []
     for kind, name in names.items():
         measures = ("precision", "recall", "coverage")
@@ -212,9 +215,9 @@ def overlap(scorer: Scorer, result: dict, stamp: str):
 
 def memorisation(scorer: Scorer, stamp: str):
     """Histograms of the distance to the nearest training slice."""
-    near = scorer.near_training["features"]
-    shown = {"unseen people": near["test"], "generated": near["generated"]}
-    return figures.memorisation(shown, metrics.copy_distance(near["test"]), stamp)
+    unseen, drawn = (scorer.sets[name].near["texture"] for name in ("test", "generated"))
+    shown = {"unseen people": unseen, "generated": drawn}
+    return figures.memorisation(shown, metrics.copy_distance(unseen), stamp)
 
 
 # --- pictures -----------------------------------------------------------------------------

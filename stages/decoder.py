@@ -248,9 +248,8 @@ def measure_decoder(average: VQVAE, real: RealMaps, stage: Stage) -> dict:
         return {}
     validation = stage.run.data.validation
     rows = evenly(len(validation), 128)
-    rows = rows[distributed.share(len(rows))]
-    maps = real.real_maps(validation.rows[rows])
-    scores = likeness(validation.batch(rows), average.decode(maps).cpu())
+    outputs = distributed.in_shares(average.decode, real.real_maps(validation.rows[rows]))
+    scores = likeness(validation.batch(rows), outputs.cpu())
     tolerance = stage.run.config.decoder_tolerance
     stage.offer(1 - scores["ssim_validation"], tolerance, model=average)
     return scores

@@ -321,16 +321,18 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
         return {}
     validation, code_map = stage.run.data.validation, real.code_map
     rows = evenly(len(validation), 64)
-    mine = distributed.share(len(rows))
-    maps = code_map.crop.cut(real.real_maps(validation.rows[rows[mine]]))
+    maps = code_map.crop.cut(real.real_maps(validation.rows[rows]))
     # A code that training never used has no place: a fixed other one replaces it.
     maps = torch.where(code_map.rank[maps] < 0, code_map.used[0], maps)
     draw = generator_of(stage.run.seed, DENOISE)
-    noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)[mine]
-    sigma = sigmas(torch.linspace(0, 1, len(rows)))[mine]
-    parts = (part.split(32) for part in (maps, noise.to(maps.device), sigma.to(maps.device)))
-    losses = [denoising_loss(average, *part) for part in zip(*parts, strict=True)]
-    loss = distributed.gathered(torch.cat(losses)).mean().item()
+    noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)
+    sigma = sigmas(torch.linspace(0, 1, len(rows)))
+
+    def losses(*inputs: Tensor) -> Tensor:
+        parts = zip(*(x.to(maps.device).split(32) for x in inputs), strict=True)
+        return torch.cat([denoising_loss(average, *part) for part in parts])
+
+    loss = distributed.in_shares(losses, maps, noise, sigma).mean().item()
     stage.offer(loss, denoiser=average)
     return {"loss_validation": loss}
 
@@ -377,9 +379,9 @@ class Contrast:
         rows = evenly(len(run.data.train), 128)
         maps, levels = real.real_maps(run.data.train.rows[rows]), real.levels[rows]
         self.wanted = metrics.detail_strength(vqvae.decode(maps)).mean().item()
-        mine, size = distributed.share(len(rows)), run.config.noise_dim
+        size = run.config.noise_dim
         noise, _ = modules.noise_of(range(len(rows)), size, run.seed, real.level_table, MONITOR)
-        self.given = noise[mine], levels[mine]
+        self.given = noise, levels
         self.autocast = functools.partial(device.autocast, run.device, run.config.precision)
 
     @torch.no_grad()
@@ -391,11 +393,13 @@ class Contrast:
         """
         restore = denoiser.restorer(self.code_map, self.autocast) if denoiser else None
         found = []
+
+        def detail(noise: Tensor, level: Tensor) -> Tensor:
+            maps = modules.draw_maps(generator, self.code_map, noise, level, restore)
+            return metrics.detail_strength(modules.in_full_batches(self.vqvae.decode, maps))
+
         for gain in (0.0, self.MOST):
             generator.contrast.fill_(gain)
-            maps = modules.draw_maps(generator, self.code_map, *self.given, restore)
-            images = modules.in_full_batches(self.vqvae.decode, maps)
-            detail = distributed.gathered(metrics.detail_strength(images))
-            found.append(detail.mean().item())
+            found.append(distributed.in_shares(detail, *self.given).mean().item())
         share = (self.wanted - found[0]) / max(found[1] - found[0], 1e-6)
         generator.contrast.fill_(self.MOST * min(max(share, 0.0), 1.0))

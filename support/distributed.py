@@ -126,17 +126,16 @@ def gathered(x: Tensor) -> Tensor:
     """Concatenate all processes' rows of x (n, ...) in rank order; n may differ."""
     if count() == 1:
         return x
-    return torch.cat([part.to(x.device) for part in collected(x.cpu())])
-
-
-def collected(value) -> list:
-    """Return the `value` of every process, in rank order."""
-    if count() == 1:
-        return [value]
-    values = [None] * count()
+    parts = [None] * count()
     with _together():
-        dist.all_gather_object(values, value)
-    return values
+        dist.all_gather_object(parts, x.cpu())
+    return torch.cat(parts).to(x.device)
+
+
+def in_shares(function: Callable, *arrays) -> Tensor:
+    """function(*arrays), which has their rows (n, ...); each process computes a part."""
+    mine = share(len(arrays[0]))
+    return gathered(function(*(array[mine] for array in arrays)))
 
 
 def agreed(flag: bool) -> bool:

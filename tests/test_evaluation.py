@@ -10,7 +10,7 @@ import torch
 
 from config import Config
 from dataset import BrainSlices, Crop, Data
-from scores import evaluation
+from scores import encoder, evaluation
 
 PEOPLE, LEVELS = {"train": 40, "validation": 12, "test": 12}, 8
 
@@ -103,9 +103,9 @@ def test_copies_of_training_slices_are_flagged_in_both_spaces(score, data):
 
 
 def test_an_encoder_is_not_shared_by_another_split(data, tmp_path):
-    first = evaluation.slice_encoder(data, tmp_path)
+    first = encoder.slice_encoder(data, tmp_path)
     other = replace(data, train=data.validation, validation=data.train)
-    second = evaluation.slice_encoder(other, tmp_path)
+    second = encoder.slice_encoder(other, tmp_path)
     x = data.test.batch(range(4))
     assert not torch.equal(first.features(x), second.features(x))
 
@@ -121,15 +121,15 @@ def test_one_slice_again_and_again_fails_on_diversity(score):
 
 @pytest.mark.slow
 def test_the_encoder_is_trained_once_and_a_damaged_one_again(data, tmp_path, capsys):
-    first = evaluation.slice_encoder(data, tmp_path)
+    first = encoder.slice_encoder(data, tmp_path)
     x = data.test.batch(range(8))
     (path,) = tmp_path.glob("encoder-*.pt")
     before = path.stat().st_mtime_ns
-    again = evaluation.slice_encoder(data, tmp_path)
+    again = encoder.slice_encoder(data, tmp_path)
     assert path.stat().st_mtime_ns == before
     assert torch.equal(first.features(x), again.features(x))
     path.write_bytes(path.read_bytes()[:-100])
-    third = evaluation.slice_encoder(data, tmp_path)
+    third = encoder.slice_encoder(data, tmp_path)
     assert "training it again" in capsys.readouterr().err
     assert torch.equal(first.features(x), third.features(x))
 

@@ -1,0 +1,72 @@
+"""`predict.py score`: any two folders of slices, without a run."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from conftest import called, disks
+
+
+def write(folder, images):
+    folder.mkdir()
+    for i, image in enumerate(images):
+        pixels = np.rint(255 * image[0].numpy()).astype(np.uint8)
+        (folder / f"{i:05d}.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    return folder
+
+
+def score(cwd, *arguments):
+    return called("predict.py", "score", *arguments, "--cache", "cache", cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("fakes") / "new", disks(16, 1))
+
+
+def test_two_folders_are_scored_beside_unseen_people(slices, fakes, tmp_path):
+    real, test = (slices / f"keras_png_slices_{part}" for part in ("train", "test"))
+    done = score(tmp_path, real, fakes, "--against", test)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((fakes / "scores.json").read_text())
+    assert scores["n"] == 16
+    assert set(scores["fd_train"]) == {"generated", "real", "unseen_people"}
+    assert scores["fd_train"]["generated"] > scores["fd_train"]["real"]  # darker and rounder
+    assert 0 <= scores["judge_auc_test"]["generated"] <= 1
+    assert scores["memorised_share"]["planted_copies"] == 1
+    for label in ("relative FD", "KID", "trained judge", "tissue areas", "memorised share"):
+        assert label in done.stdout
+    assert "96 slices of 24 subjects" in done.stdout and "left out" not in done.stdout
+    assert not done.stderr
+
+
+def test_scores_that_need_unseen_people_are_left_out_with_the_reason(slices, fakes, tmp_path):
+    out = tmp_path / "here.json"
+    done = score(tmp_path, slices / "keras_png_slices_train", fakes, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert not {"judge_auc_test", "memorised_share"} & set(json.loads(out.read_text()))
+    assert "left out: trained judge, memorised share" in done.stdout
+
+
+def test_the_same_people_on_both_sides_are_warned_of(slices, fakes, tmp_path):
+    real = slices / "keras_png_slices_train"
+    done = score(tmp_path, real, fakes, "--against", real)
+    assert "24 subjects, such as case_001" in done.stderr
+
+
+def test_too_few_slices_are_an_error_and_other_sizes_are_told(slices, tmp_path):
+    few = write(tmp_path / "few", disks(4, 0)[..., ::4, ::4])
+    done = score(tmp_path, slices / "keras_png_slices_train", few)
+    assert done.returncode == 3 and "too few slices: 96 real, 4 generated" in done.stderr
+    assert "4 slices, 64x64, centred in 256x256" in done.stdout
+
+
+def test_a_generator_of_real_people_scores_as_the_other_half(slices, tmp_path):
+    """A copy of the real folder has distance 0 in no score that takes another draw of it."""
+    copy = tmp_path / "copy"
+    shutil.copytree(slices / "keras_png_slices_test", copy)
+    done = score(tmp_path, slices / "keras_png_slices_train", copy)
+    g = json.loads((copy / "scores.json").read_text())
+    assert done.returncode == 0 and g["fd_train"]["generated"] < 5 * g["fd_train"]["real"] + 1
