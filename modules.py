@@ -491,7 +491,6 @@ class Generator(nn.Module):
     one more layer works at full size: in the paper's last layer, 4x4 neighbouring cells are a
     linear function of few numbers, so tissue borders stay soft.
     bounded: tanh at the end, as in the paper.
-    contrast: the gain that `raise_contrast` applies to the output; 0 until it is set.
     """
 
     def __init__(
@@ -512,7 +511,6 @@ class Generator(nn.Module):
             ins = out
         last = UpTo(ins, channels, size) if classic else nn.Conv2d(ins, channels, 3, padding=1)
         self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
-        self.register_buffer("contrast", torch.zeros(()))
         self.apply(start_at_002)
         self.to(memory_format=torch.channels_last)
 
@@ -545,11 +543,6 @@ class UpTo(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:
         h, w = self.size
         return super().forward(x)[:, :, :h, :w]                           # (B, outs, h, w)
-
-
-def raise_contrast(u: Tensor, gain: Tensor) -> Tensor:
-    """u (B, C, h, w) + gain * (u - its 3x3 mean). Flat regions stay flat."""
-    return u + gain * (u - F.avg_pool2d(u, 3, 1, 1, count_include_pad=False))
 
 
 class Discriminator(nn.Module):
@@ -692,7 +685,7 @@ def draw_maps(
 
     def draw(z: Tensor, level: Tensor) -> Tensor:
         z, level = z.to(code_map.used.device), level.to(code_map.used.device)
-        u = raise_contrast(generator(z, level), generator.contrast)       # (16, C, h, w)
+        u = generator(z, level)                                           # (16, C, h, w)
         maps = restore(u, z) if restore else code_map.decode(u)           # (16, h, w)
         return code_map.crop.paste(maps, code_map.background)             # (16, 64, 64)
 

@@ -231,7 +231,7 @@ class TrainedRun:
 # A checkpoint holds the checksums of the files it was made with.
 LINKS = (
     ("codes", "vqvae_best"), ("decoder_best", "codes"), ("dcgan_best", "codes"),
-    ("denoiser_best", "codes"), ("denoiser_best", "dcgan_best"),
+    ("denoiser_best", "codes"),
 )  # fmt: skip
 
 
@@ -296,13 +296,10 @@ def load_checkpoints(folder: Path, config: Config, mine: dict) -> dict[str, dict
             link = values[name][target.removesuffix("_best")]
             if link != checkpoints.checksum(paths[target]):
                 raise ValueError(f"made with another {paths[target].name}")
-    denoiser, generator = values.get("denoiser_best", {}), values["dcgan_best"].get("generator")
-    if denoiser and isinstance(generator, dict):
-        with checkpoints.reading(paths["denoiser_best"]):  # fitted for use before the denoiser
-            generator["contrast"] = denoiser["contrast"].reshape(())
     return {
-        "vqvae": values[best["vqvae"]].get("model"), "generator": generator,
-        "denoiser": denoiser.get("denoiser"), "codes": values["codes"],
+        "vqvae": values[best["vqvae"]].get("model"),
+        "generator": values["dcgan_best"].get("generator"),
+        "denoiser": values.get("denoiser_best", {}).get("denoiser"), "codes": values["codes"],
     }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from dataset import MAP, PIXELS, BrainSlices, Crop, Data, evenly, open_data, uni
 from modules import VQVAE, CodeMap, generator_of
 from scores import metrics
 from stages.decoder import last_vqvae, train_decoder
-from stages.denoiser import Contrast, train_denoiser
+from stages.denoiser import train_denoiser
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.losses import loss_of, random_corner
 from stages.stage import (
@@ -450,8 +450,6 @@ class Monitor:
     def __init__(self, gan: Gan):
         run, self.gan = gan.run, gan
         self.vqvae, config = last_vqvae(gan), run.config
-        alone = not (config.original or config.denoiser_kimg)
-        self.contrast = Contrast(gan, self.vqvae) if alone else None
         self.network = metrics.RandomFeatures()
         train, validation = run.data.train, run.data.validation
         n = min(config.monitor_samples, len(validation), len(train) // 2)
@@ -481,9 +479,6 @@ class Monitor:
         """
         gan, full = self.gan, stage.due(8)
         n = self.n if full else 64
-        if full and self.contrast:
-            self.contrast.fit(gan.average)
-            gan.G.contrast.copy_(gan.average.contrast)  # or averaging would change it
         draw = functools.partial(modules.draw_maps, gan.average, gan.code_map)
         maps = distributed.in_shares(draw, *(part[:n] for part in self.noise))
         self.diversity = mean_distance(gan.code_map.encode(maps[:64])) / self.real_spread

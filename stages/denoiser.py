@@ -1,9 +1,9 @@
-"""Stage 5: a denoiser of index maps, and the contrast that samples need before it.
+"""Stage 5: a denoiser of index maps.
 
-In: the index maps of stage 2 and the generator of stage 4. Out: `denoiser_best.pt`. A
-discriminator of whole maps hardly judges single cells, so a generator leaves them blurred. The
-denoiser learns from crops of real maps which codes fit together, and corrects generated maps:
-noise is added, then removed. `denoiser_kimg = 0` skips this stage.
+In: the index maps of stage 2. Out: `denoiser_best.pt`. A discriminator of whole maps hardly
+judges single cells, so a generator leaves them blurred. The denoiser learns from crops of real
+maps which codes fit together, and corrects generated maps: noise is added, then removed.
+`denoiser_kimg = 0` skips this stage.
 """
 
 import copy
@@ -16,24 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import modules
 from config import Config
 from dataset import evenly
-from modules import VQVAE, CodeMap, best, cells, generator_of
-from scores import metrics
-from stages.decoder import last_vqvae
+from modules import CodeMap, best, cells, generator_of
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.stage import (
     DENOISE,
-    MONITOR,
     Run,
     Stage,
     batch_rows,
-    require,
     seeded,
     update_average,
 )
-from support import checkpoints, device, distributed
+from support import device, distributed
 from support.muon import Muon
 
 GRAIN = 1001  # the purpose of the generator behind `grain_of`
@@ -240,16 +235,14 @@ def make_denoiser(config: Config) -> Denoiser:
 
 
 def train_denoiser(run: Run):
-    """Train until `denoiser_kimg`; `denoiser_best.pt` holds the best by validation loss.
+    """Train on crops of real maps until `denoiser_kimg`.
 
-    It learns from crops of real maps. The contrast that samples need before it is fitted at the
-    end and saved with it.
+    `denoiser_best.pt` holds the averaged weights of least validation loss.
     """
     config = run.config
     if config.denoiser_kimg == 0:
         return
     real = RealMaps(run)
-    require(run, "dcgan", config.gan_kimg)
     denoiser = seeded(run.seed, 3, lambda: make_denoiser(config)).to(run.device)
     code_map = real.code_map
     if code_map.even:  # bins; the denoiser needs coordinates
@@ -272,7 +265,6 @@ def train_denoiser(run: Run):
         update_average(average, denoiser, half_life, config.gan_batch_size)
         stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
     stage.progress.close()
-    add_contrast(real)
 
 
 def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tuple, tuple]:
@@ -335,71 +327,3 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     loss = distributed.in_shares(losses, maps, noise, sigma).mean().item()
     stage.offer(loss, denoiser=average)
     return {"loss_validation": loss}
-
-
-# --- contrast -----------------------------------------------------------------------------
-
-
-def add_contrast(real: RealMaps):
-    """Fit the contrast of this generator's samples once, and add it to `denoiser_best.pt`."""
-    run, made_with = real.run, real.run.fingerprint() | real.link
-    mine, theirs = run.path("denoiser_best.pt"), run.path("dcgan_best.pt")
-    link = checkpoints.checksum(theirs)
-
-    def read() -> dict:
-        return checkpoints.load_checkpoint(mine, stage="denoiser", **made_with)
-
-    if distributed.first(lambda: read().get("dcgan") == link):
-        return
-    values = read()
-    others = checkpoints.load_checkpoint(theirs, stage="dcgan", **made_with)
-    generator = modules.make_generator(run.config, real.code_map.crop.size)
-    denoiser = make_denoiser(run.config)
-    checkpoints.load_weights(denoiser, values.get("denoiser"), mine).to(run.device).eval()
-    checkpoints.load_weights(generator, others.get("generator"), theirs)
-    generator.to(run.device).eval()
-    if not run.config.original:
-        Contrast(real, last_vqvae(real)).fit(generator, denoiser)
-    values |= {"dcgan": link, "contrast": generator.contrast.cpu()}
-    distributed.first(lambda: checkpoints.save_checkpoint(mine, values))
-
-
-class Contrast:
-    """Gives samples the strength of detail of reconstructions of the same levels.
-
-    Snapping cells to codes flattens a map, and a denoiser cannot restore what the generator
-    has lost.
-    """
-
-    MOST = 0.2  # gain
-
-    @torch.no_grad()
-    def __init__(self, real: RealMaps, vqvae: VQVAE):
-        run, self.code_map, self.vqvae = real.run, real.code_map, vqvae
-        rows = evenly(len(run.data.train), 128)
-        maps, levels = real.real_maps(run.data.train.rows[rows]), real.levels[rows]
-        self.wanted = metrics.detail_strength(vqvae.decode(maps)).mean().item()
-        size = run.config.noise_dim
-        noise, _ = modules.noise_of(range(len(rows)), size, run.seed, real.level_table, MONITOR)
-        self.given = noise, levels
-        self.autocast = functools.partial(device.autocast, run.device, run.config.precision)
-
-    @torch.no_grad()
-    def fit(self, generator: modules.Generator, denoiser: Denoiser | None = None):
-        """Set the generator's contrast.
-
-        Detail is nearly linear in the gain: two trials, and interpolation between them. Samples
-        with too much detail have grain, which less contrast would only smear: the gain stays 0.
-        """
-        restore = denoiser.restorer(self.code_map, self.autocast) if denoiser else None
-        found = []
-
-        def detail(noise: Tensor, level: Tensor) -> Tensor:
-            maps = modules.draw_maps(generator, self.code_map, noise, level, restore)
-            return metrics.detail_strength(modules.in_full_batches(self.vqvae.decode, maps))
-
-        for gain in (0.0, self.MOST):
-            generator.contrast.fill_(gain)
-            found.append(distributed.in_shares(detail, *self.given).mean().item())
-        share = (self.wanted - found[0]) / max(found[1] - found[0], 1e-6)
-        generator.contrast.fill_(self.MOST * min(max(share, 0.0), 1.0))

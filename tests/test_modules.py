@@ -34,7 +34,6 @@ from modules import (
     make_vqvae,
     noise_of,
     principal_coordinates,
-    raise_contrast,
     relativistic_loss,
 )
 from scores.metrics import perplexity
@@ -604,19 +603,6 @@ def test_gradient_penalty_of_a_linear_function():
     torch.testing.assert_close(weight.grad, 2 * weight)
 
 
-def test_contrast_raises_differences_and_leaves_flat_maps():
-    flat = torch.full((2, 3, 8, 8), 1.7)
-    torch.testing.assert_close(raise_contrast(flat, torch.tensor(0.4)), flat)
-    u = torch.randn(1, 1, 3, 3)
-    raised = raise_contrast(u, torch.tensor(0.4))
-    assert raised[0, 0, 1, 1].item() == pytest.approx(
-        (u[0, 0, 1, 1] + 0.4 * (u[0, 0, 1, 1] - u.mean())).item(), abs=1e-6
-    )
-    corner = u[0, 0, :2, :2]
-    expected = corner[0, 0] + 0.4 * (corner[0, 0] - corner.mean())
-    assert raised[0, 0, 0, 0].item() == pytest.approx(expected.item(), abs=1e-6)
-
-
 def test_the_average_is_the_copy_of_a_network_with_a_half_life_in_images():
     network, average = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
     network.weight.data.fill_(2.0)
@@ -665,17 +651,6 @@ def test_a_map_has_the_background_around_the_crop():
     assert torch.equal(crop.cut(maps), inside)
     crop.cut(maps)[:] = 11
     assert maps.shape == (2, MAP, MAP) and (maps == 11).all()
-
-
-def test_samples_are_drawn_with_the_contrast_of_the_generator():
-    code_map, _, _ = some_code_map()
-    G = Generator(100, 8, 1, classic=False, bounded=True).eval()
-    given = noise_of(range(2), 100, 3, torch.linspace(0, 1, 32))
-    G.contrast.fill_(0.3)
-    maps = draw_maps(G, code_map, *given)
-    with torch.no_grad():
-        u = raise_contrast(G(*filled(*given)), torch.tensor(0.3))[:2]
-    assert torch.equal(maps, code_map.decode(u))
 
 
 def fitted(points, shares) -> tuple[Denoiser, torch.Tensor]:

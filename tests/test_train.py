@@ -23,8 +23,8 @@ from scores import metrics
 from stages import decoder as decoder_stage
 from stages import denoiser as denoiser_stage
 from stages import stage as stage_module
-from stages.decoder import Decoding, decoder_batch, decoder_step, judge_patches, last_vqvae
-from stages.denoiser import Contrast, add_contrast, denoiser_batch, denoiser_step, make_denoiser
+from stages.decoder import Decoding, decoder_batch, decoder_step, judge_patches
+from stages.denoiser import denoiser_batch, denoiser_step, make_denoiser
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.losses import random_corner, structural_loss
 from stages.stage import ORDER, Feed, Run, Schedule, Stage, open_seed, order_of, update_average
@@ -593,71 +593,6 @@ def test_diversity_is_1_for_real_maps_and_0_after_a_collapse(whole, monkeypatch)
     for maps, diversity in ((real, 1.0), (real[:1].repeat(len(real), 1, 1), 0.0)):
         monkeypatch.setattr(modules, "draw_maps", lambda *given, maps=maps: maps)
         assert monitor.measure(stage)["diversity"] == pytest.approx(diversity, abs=1e-5)
-
-
-# --- contrast -----------------------------------------------------------------------------
-
-
-def test_contrast_gives_samples_the_detail_of_reconstructions(whole, monkeypatch):
-    gan, asked = train.Gan(whole), []
-    contrast = Contrast(gan, last_vqvae(gan))
-
-    def draw(generator, code_map, noise, level, restore):
-        asked.append((level, restore))
-        return generator.contrast.expand(4)
-
-    def decode(gains):  # stronger edges for more contrast
-        edges = torch.zeros(len(gains), 1, 64, 64)
-        edges[..., ::8] = 0.1 + gains[:, None, None, None]
-        return edges
-
-    monkeypatch.setattr(modules, "draw_maps", draw)
-    contrast.vqvae = SimpleNamespace(decode=decode)
-    denoiser = SimpleNamespace(restorer=lambda code_map, autocast: "restore")
-    wanted = metrics.detail_strength(decode(torch.tensor([0.13]))).mean().item()
-    for goal, gain in ((wanted, 0.13), (1.0, contrast.MOST), (0.0, 0.0)):
-        contrast.wanted = goal
-        contrast.fit(gan.average, denoiser)
-        assert gan.average.contrast.item() == pytest.approx(gain, abs=0.002)
-    rows = dataset.evenly(len(whole.data.train), 128)
-    assert torch.equal(asked[-1][0], gan.levels[rows]) and asked[-1][1] == "restore"
-
-
-@pytest.mark.parametrize("denoised", [False, True])
-def test_the_dcgan_fits_contrast_only_if_no_denoiser_follows(whole, monkeypatch, denoised):
-    gan, kept = train.Gan(whole), []
-    vqvae = last_vqvae(gan)  # before the configuration changes
-    monkeypatch.setattr(train, "last_vqvae", lambda gan: vqvae)
-    config = replace(whole.config, denoiser_kimg=float(denoised))
-    monkeypatch.setattr(gan, "run", replace(whole, config=config))
-    monitor = train.Monitor(gan)
-    assert (monitor.contrast is None) == denoised
-    if not denoised:
-        monitor.contrast.wanted = 1.0  # more than any sample has
-
-    def offer(score, tolerance, generator):
-        kept.append(generator.state_dict()["contrast"].item())
-
-    monitor.measure(SimpleNamespace(due=lambda times: True, offer=offer))
-    assert kept == [0.0 if denoised else pytest.approx(Contrast.MOST)]
-    assert gan.G.contrast.item() == kept[0]
-
-
-def test_contrast_is_fitted_once_for_a_generator_and_its_denoiser(whole, monkeypatch):
-    path = whole.path("denoiser_best.pt")
-    before, values = path.read_bytes(), checkpoints.load_checkpoint(path)
-    assert 0 <= values["contrast"] <= Contrast.MOST
-    add_contrast(RealMaps(whole))
-    assert path.read_bytes() == before
-    fitted = []
-    monkeypatch.setattr(Contrast, "fit", lambda self, *networks: fitted.append(networks))
-    try:
-        checkpoints.save_checkpoint(path, values | {"dcgan": 7})  # of another generator
-        add_contrast(RealMaps(whole))
-        dcgan = checkpoints.checksum(whole.path("dcgan_best.pt"))
-        assert len(fitted) == 1 and checkpoints.load_checkpoint(path)["dcgan"] == dcgan
-    finally:
-        path.write_bytes(before)
 
 
 # --- sharper decoder and denoiser ---------------------------------------------------------
