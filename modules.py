@@ -679,14 +679,14 @@ def draw_maps(
 ) -> Tensor:
     """Noise (n, Z), levels (n,) -> index maps (n, 64, 64) int64, on the CPU.
 
-    restore: a function of the generator's output (B, C, h, w) and noise (B, Z) that returns
-    index maps (B, h, w), such as the denoiser's. Without it, `code_map.decode`.
+    restore: a function of the generator's output (B, C, h, w), noise (B, Z) and level (B,) that
+    returns index maps (B, h, w), such as the denoiser's. Without it, `code_map.decode`.
     """
 
     def draw(z: Tensor, level: Tensor) -> Tensor:
         z, level = z.to(code_map.used.device), level.to(code_map.used.device)
         u = generator(z, level)                                           # (16, C, h, w)
-        maps = restore(u, z) if restore else code_map.decode(u)           # (16, h, w)
+        maps = restore(u, z, level) if restore else code_map.decode(u)    # (16, h, w)
         return code_map.crop.paste(maps, code_map.background)             # (16, 64, 64)
 
     return in_full_batches(draw, noise, level)

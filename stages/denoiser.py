@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from dataset import evenly
-from modules import CodeMap, best, cells, generator_of
+from dataset import MAP, evenly
+from modules import LEVEL_FEATURES, CodeMap, best, cells, generator_of, level_features
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.stage import (
     DENOISE,
@@ -43,11 +43,12 @@ class Denoiser(nn.Module):
     3): p(k | x) ~ exp(-|x - e_k|^2 / (2 sigma^2)) * exp(c_k). The first factor, what the cell
     itself says, is known. The network learns the second, what the neighbours say. So it decides
     between codes; a network that learns the mean by squared error blurs. Noise and input scale
-    are those of Karras et al. 2022 (arXiv:2206.00364, table 1, sigma_data 1). It gets neither
-    slice level nor place: layout is the generator's task.
+    are those of Karras et al. 2022 (arXiv:2206.00364, table 1, sigma_data 1). It also gets the
+    slice level and each cell's place in the whole map.
 
     Codes are points of a `CodeMap` of coordinates, whatever the DCGAN draws. x is in units of
-    `sd`, their standard deviation. Dimensions: as in modules; w width, E noise embedding.
+    `sd`, their standard deviation. Dimensions: as in modules; w width, E embedding, P
+    `place_features`.
     """
 
     LEAST, MOST = 0.5, 4.0  # sigma in training
@@ -61,8 +62,9 @@ class Denoiser(nn.Module):
         self.register_buffer("points", torch.zeros(codes, channels))  # e, in units of sd
         w, E = 32, 32
         self.register_buffer("octaves", 2.0 ** torch.linspace(-1, 3, 8), persistent=False)
-        self.embed = nn.Sequential(nn.Linear(16, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
-        self.first = nn.Conv2d(channels, w, 3, padding=1)
+        ins = 16 + LEVEL_FEATURES
+        self.embed = nn.Sequential(nn.Linear(ins, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
+        self.first = nn.Conv2d(channels + PLACE_FEATURES, w, 3, padding=1)
         down, up = nn.Conv2d, nn.ConvTranspose2d
         self.down = nn.ModuleList([down(w, 2 * w, 4, 2, 1), down(2 * w, 2 * w, 4, 2, 1)])
         self.up = nn.ModuleList([up(2 * w, 2 * w, 4, 2, 1), up(2 * w, w, 4, 2, 1)])
@@ -83,12 +85,17 @@ class Denoiser(nn.Module):
         self.points.index_copy_(0, used, points / self.sd)
         self.head.bias[used] = share.log()  # the prior without neighbours
 
-    def features(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Features of each cell's surroundings: x (B, C, h, w), sigma (B,) -> (B, w, h, w)."""
+    def features(self, x: Tensor, sigma: Tensor, level: Tensor, place: Tensor) -> Tensor:
+        """Features (B, w, h, w) of each cell's surroundings.
+
+        x (B, C, h, w), its noise sigma (B,), slice level (B,), place (B, P, h, w).
+        """
         angles = sigma.log()[:, None] * self.octaves * (math.pi / 4)  # (B, 8)
-        e = self.embed(torch.cat([angles.sin(), angles.cos()], 1))  # (B, E)
+        known = angles.sin(), angles.cos(), level_features(level)
+        e = self.embed(torch.cat(known, 1))  # (B, E)
         size = (1 + sigma.square()).sqrt()[:, None, None, None]  # sd of x
-        full = self.blocks[0](self.first(x / size), e)  # (B, w, h, w)
+        x = torch.cat([x / size, place], 1).contiguous(memory_format=torch.channels_last)
+        full = self.blocks[0](self.first(x), e)  # (B, w, h, w)
         half = self.blocks[1](self.down[0](full), e)  # (B, 2w, h/2, w/2)
         y = self.blocks[3](self.blocks[2](self.down[1](half), e), e)  # (B, 2w, h/4, w/4)
         y = self.blocks[4](self.up[0](y) + half, e)
@@ -106,15 +113,18 @@ class Denoiser(nn.Module):
         head = self.head.weight, self.head.bias[:, None]
         return of_cells, torch.cat([*head, self.points, squares / -2], 1)
 
-    def of_cells(self, x: Tensor, sigma: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-        """`rule` of the logits (N, K) of all cells of x (B, C, h, w): (B*h*w, ...)."""
+    def of_cells(self, rule: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor, *known):
+        """`rule` of the logits (N, K) of all cells of x (B, C, h, w): (B*h*w, ...).
+
+        known: level and place, as in `features`.
+        """
         each = sigma.repeat_interleave(x.shape[2] * x.shape[3])[:, None]  # (B*h*w, 1)
-        features = cells(self.features(x, sigma))  # (B*h*w, w)
+        features = cells(self.features(x, sigma, *known))  # (B*h*w, w)
         with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
             left, right = self.factors(features, cells(x), each)
             return torch.cat([rule(F.linear(part, right)) for part in left.split(1024)])
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, level: Tensor, place: Tensor) -> Tensor:
         """Remove noise of sigma (B,) from x (B, C, h, w), h and w multiples of 4."""
         table = F.pad(self.points, (0, 1), value=1.0).T.contiguous()  # (C + 1, K)
 
@@ -125,13 +135,14 @@ class Denoiser(nn.Module):
             return sums[:, :-1] / sums[:, -1:]
 
         B, C, h, w = x.shape
-        return self.of_cells(x, sigma, mean).view(B, h, w, C).permute(0, 3, 1, 2)
+        mean_of_each = self.of_cells(mean, x, sigma, level, place)  # (B*h*w, C)
+        return mean_of_each.view(B, h, w, C).permute(0, 3, 1, 2)
 
     def places(self, maps: Tensor) -> Tensor:
         """Index maps (B, h, w) -> x (B, C, h, w)."""
         return F.embedding(maps, self.points).permute(0, 3, 1, 2)
 
-    def restore(self, x: Tensor, noise: Tensor) -> Tensor:
+    def restore(self, x: Tensor, noise: Tensor, level: Tensor, place: Tensor) -> Tensor:
         """Generated x (n, C, h, w) -> index maps (n, h, w) whose cells fit together.
 
         As SDEdit (Meng et al. 2022, arXiv:2108.01073): add enough noise to hide what is wrong,
@@ -148,7 +159,10 @@ class Denoiser(nn.Module):
         sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
         before, back = None, 0.0  # D in the step before, and that step's length in log sigma
         for now, then in pairwise(sigmas):
-            clean, step = self(x, x.new_full((len(x),), now)), math.log(now / then)
+            clean, step = (
+                self(x, x.new_full((len(x),), now), level, place),
+                math.log(now / then),
+            )
             change = 0 if before is None else (clean - before) / back
             ahead = clean + change * (step / (1 - then / now) - 1)
             x = ahead + (x - ahead) * (then / now)
@@ -156,15 +170,17 @@ class Denoiser(nn.Module):
         if not torch.isfinite(x).all():
             raise FloatingPointError("the denoiser's input or output is not finite")
         last = x.new_full((len(x),), self.LEAST)
-        return self.of_cells(x, last, best).view(len(x), *x.shape[2:])
+        return self.of_cells(best, x, last, level, place).view(len(x), *x.shape[2:])
 
-    def restorer(self, code_map: CodeMap, autocast=None) -> Callable[[Tensor, Tensor], Tensor]:
-        """`restore` for `modules.draw_maps`: a function of the generator's output and noise."""
+    def restorer(self, code_map: CodeMap, autocast=None) -> Callable:
+        """`restore` for `modules.draw_maps`: of the generator's output, its noise and level."""
 
-        def restore(u: Tensor, z: Tensor) -> Tensor:
+        def restore(u: Tensor, z: Tensor, level: Tensor) -> Tensor:
             x = self.places(code_map.decode(u)) if code_map.even else u / self.sd
+            corner = torch.tensor(code_map.crop[:2]).expand(len(x), 2)
+            place = place_features(corner, *x.shape[2:]).to(x)
             with autocast() if autocast else torch.autocast(u.device.type, enabled=False):
-                return self.restore(x, grain_of(z, *x.shape[1:]))
+                return self.restore(x, grain_of(z, *x.shape[1:]), level, place)
 
         return restore
 
@@ -192,6 +208,25 @@ class NoisyBlock(nn.Module):
         return x + self.last(F.silu(y))
 
 
+PLACE_FEATURES = 12
+
+
+def place_features(corner: Tensor, h: int, w: int) -> Tensor:
+    """Cosine and sine, in three octaves, of the cells' rows and columns: (B, P, h, w).
+
+    corner (B, 2) int64: row and column of the first cell in the whole map.
+    """
+    sides = []
+    for first, n in zip(corner.T, (h, w), strict=True):
+        at = first[:, None] + torch.arange(n, device=corner.device)  # (B, n)
+        octaves = 2.0 ** torch.arange(3, device=corner.device)
+        angles = at[..., None] * octaves * (math.pi / MAP)  # (B, n, 3)
+        sides.append(torch.cat([angles.cos(), angles.sin()], 2).mT)  # (B, 6, n)
+    rows, columns = sides
+    both = rows[..., None].expand(-1, -1, h, w), columns[:, :, None].expand(-1, -1, h, w)
+    return torch.cat(both, 1)
+
+
 def grain_of(z: Tensor, *shape: int) -> Tensor:
     """White noise (n, *shape) of unit variance, a linear function of z (n, Z) / |z|.
 
@@ -207,17 +242,26 @@ def _grain(*shape: int) -> Tensor:
 
 
 def denoising_loss(
-    denoiser: Denoiser, maps: Tensor, noise: Tensor, sigma: Tensor, start=(0, 0)
+    denoiser: Denoiser,
+    maps: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    level: Tensor,
+    corner: Tensor,
+    start=(0, 0),
 ) -> Tensor:
     """Cross-entropy (B,) in nats a cell of real maps (B, h, w), given their noisy version.
 
-    Dieleman et al. 2022, section 3. noise (B, C, h, w), white; sigma (B,). Every second cell
-    each way counts, from `start` on: neighbours teach nearly the same, and the logits of all
-    cells would cost as much as the network.
+    Dieleman et al. 2022, section 3. noise (B, C, h, w), white; sigma (B,); slice level (B,);
+    corner (B, 2) as in `place_features`. Every second cell each way counts, from `start` on:
+    neighbours teach nearly the same, and the logits of all cells would cost as much as the
+    network.
     """
     x = denoiser.places(maps) + sigma[:, None, None, None] * noise  # (B, C, h, w)
     some = (slice(None), slice(start[0], None, 2), slice(start[1], None, 2))
-    features = denoiser.features(x, sigma).permute(0, 2, 3, 1)[some]  # (B, h/2, w/2, w)
+    place = place_features(corner, *x.shape[2:])
+    features = denoiser.features(x, sigma, level, place)
+    features = features.permute(0, 2, 3, 1)[some]  # (B, h/2, w/2, w)
     codes, x = maps[some].flatten(1), x.permute(0, 2, 3, 1)[some]
     with torch.autocast(x.device.type, enabled=False):
         each = sigma.repeat_interleave(codes.shape[1])[:, None]  # (N, 1)
@@ -268,31 +312,34 @@ def train_denoiser(run: Run):
 
 
 def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tuple, tuple]:
-    """Crops of real maps (B, S, S), noise (B, C, S, S), its sigma (B,); and a start.
+    """Inputs of `denoising_loss`, with crops of real maps (B, S, S); and its start.
 
-    S = crop_cells. start: the first cell, down and across, that `denoising_loss` counts.
+    S = crop_cells.
     """
     run, n, S = stage.run, stage.batch_size, stage.run.config.crop_cells
     mine, draw = distributed.share(n), generator_of(run.seed, DENOISE, stage.step)
     crop = real.code_map.crop
-    maps = crop.cut(real.real_maps(run.data.train.rows[batch_rows(stage)]))  # (B, h, w)
+    chosen = batch_rows(stage)
+    maps = crop.cut(real.real_maps(run.data.train.rows[chosen]))  # (B, h, w)
     ways = torch.tensor(crop.size) - S + 1  # places of a crop, along each side
-    corners = (torch.rand((n, 2), generator=draw) * ways).long()[..., None]  # (n, 2, 1)
-    places = device.sent(corners[mine] + torch.arange(S), run.device)  # (B, 2, S)
+    corners = (torch.rand((n, 2), generator=draw) * ways).long()[mine]  # (B, 2)
+    places = device.sent(corners[..., None] + torch.arange(S), run.device)  # (B, 2, S)
     each = torch.arange(len(maps), device=run.device)[:, None, None]
     maps = maps[each, places[:, 0, :, None], places[:, 1, None, :]]  # (B, S, S)
     noise = torch.randn((n, denoiser.channels, S, S), generator=draw)[mine]
     sigma = sigmas(torch.rand(n, generator=draw)[mine] ** run.config.sigma_power)
     start = torch.randint(2, (2,), generator=draw).tolist()
-    return (maps, device.sent(noise, run.device), device.sent(sigma, run.device)), tuple(start)
+    corners += torch.tensor(crop[:2])
+    rest = (device.sent(x, run.device) for x in (noise, sigma, real.levels[chosen], corners))
+    return (maps, *rest), tuple(start)
 
 
 def denoiser_step(
-    denoiser: Denoiser, optimizer, config, maps, noise, sigma, start: tuple[int, int]
+    denoiser: Denoiser, optimizer, config, *batch: Tensor, start: tuple[int, int]
 ) -> Tensor:
     """One step on a `denoiser_batch` -> the loss, ()."""
-    with device.autocast(maps.device, config.precision):
-        loss = denoising_loss(denoiser, maps, noise, sigma, start).mean()
+    with device.autocast(batch[0].device, config.precision):
+        loss = denoising_loss(denoiser, *batch, start=start).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     loss = loss.detach()
@@ -319,11 +366,13 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     draw = generator_of(stage.run.seed, DENOISE)
     noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)
     sigma = sigmas(torch.linspace(0, 1, len(rows)))
+    level = torch.from_numpy(validation.levels[rows])
+    corner = torch.tensor(code_map.crop[:2]).expand(len(rows), 2)
 
     def losses(*inputs: Tensor) -> Tensor:
         parts = zip(*(x.to(maps.device).split(32) for x in inputs), strict=True)
         return torch.cat([denoising_loss(average, *part) for part in parts])
 
-    loss = distributed.in_shares(losses, maps, noise, sigma).mean().item()
+    loss = distributed.in_shares(losses, maps, noise, sigma, level, corner).mean().item()
     stage.offer(loss, denoiser=average)
     return {"loss_validation": loss}

@@ -168,7 +168,7 @@ def denoiser_steps() -> dict:
             before = floats(denoiser=denoiser)
         stage.nimg = 8 * stage.step
         batch, start = denoiser_batch(denoiser, gan, stage)
-        losses.append(denoiser_step(denoiser, sgd, CONFIG, *batch, start).item())
+        losses.append(denoiser_step(denoiser, sgd, CONFIG, *batch, start=start).item())
     return moved(before, denoiser=denoiser) | {"denoiser.losses": torch.tensor(losses)}
 
 

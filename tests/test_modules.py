@@ -44,7 +44,13 @@ from stages.decoder import (
     make_sharper_vqvae,
     widen_decoder,
 )
-from stages.denoiser import Denoiser, denoising_loss, grain_of, make_denoiser
+from stages.denoiser import (
+    Denoiser,
+    denoising_loss,
+    grain_of,
+    make_denoiser,
+    place_features,
+)
 from stages.stage import update_average
 from support import device
 from support.device import window_at
@@ -668,6 +674,12 @@ def fitted(points, shares) -> tuple[Denoiser, torch.Tensor]:
     return denoiser, denoiser.points[used].double()
 
 
+def known(x: torch.Tensor, level=0.5, corner=(0, 0)) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a denoiser is told about maps x (B, C, h, w): slice levels and places."""
+    corners = torch.tensor(corner).expand(len(x), 2)
+    return torch.full((len(x),), float(level)), place_features(corners, *x.shape[2:])
+
+
 PLACES, SHARES = [[0.0, 1.0], [1.0, 0.0], [-2.0, 5.0], [0.1, 1.0]], [60, 25, 10, 5]
 
 
@@ -701,8 +713,9 @@ def test_an_untrained_denoiser_is_bayes_rule_without_neighbours(sigma):
     near = (x.permute(0, 2, 3, 1)[..., None, :] - places).square().sum(-1)  # (3, 8, 12, 4)
     posterior = (share.log() - near / (2 * sigma[0] ** 2)).softmax(-1)
     with torch.no_grad():
-        found = denoiser(x.float(), sigma)
-        loss = denoising_loss(denoiser, 2 * ranks + 1, noise, sigma, (1, 0))
+        found = denoiser(x.float(), sigma, *known(x))
+        told = torch.full((3,), 0.5), torch.zeros(3, 2).long()
+        loss = denoising_loss(denoiser, 2 * ranks + 1, noise, sigma, *told, (1, 0))
     assert (found - (posterior @ places).permute(0, 3, 1, 2)).abs().max() < 1e-4
     surprise = -posterior.gather(-1, ranks[..., None])[..., 0].log()
     assert (loss - surprise[:, 1::2, ::2].mean((1, 2))).abs().max() < 1e-3
@@ -720,7 +733,7 @@ def test_restoring_solves_the_equation_exactly_without_neighbours(most, steps, w
     ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 64, 64)
     noise = torch.randn(2, 4, 64, 64)
     with torch.no_grad():
-        found = denoiser.restore(denoiser.places(2 * ranks + 1), noise)
+        found = denoiser.restore(denoiser.places(2 * ranks + 1), noise, *known(noise))
     x = places[ranks] + most * noise[:, 0]
     quantile = (shares * torch.special.ndtr((x[..., None] - places) / most)).sum(-1)
     wanted = 2 * torch.bucketize(quantile, shares.cumsum(0)[:2]) + 1
@@ -755,8 +768,26 @@ def test_a_denoised_cell_depends_on_its_neighbourhood_only():
     other = x.clone()
     other[:, :, 64:] = 5.0
     with torch.no_grad():
-        apart = (denoiser(x, sigma) - denoiser(other, sigma)).abs().amax((0, 1, 3))
+        apart = denoiser(x, sigma, *known(x)) - denoiser(other, sigma, *known(x))
+    apart = apart.abs().amax((0, 1, 3))
     assert apart[:24].max() < 1e-5 < 1e-3 < apart[60:64].max()
+
+
+def test_the_denoiser_is_told_slice_level_and_place():
+    denoiser, sigma, x = some_denoiser(), torch.tensor([2.0]), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        asked = denoiser(x, sigma, *known(x))
+        for other in (known(x, level=0.9), known(x, level=math.nan), known(x, corner=(8, 20))):
+            assert (denoiser(x, sigma, *other) - asked).abs().max() > 1e-4
+
+
+def test_places_are_those_of_the_whole_map():
+    whole = place_features(torch.tensor([[0, 0]]), 64, 64)
+    part = place_features(torch.tensor([[0, 0], [5, 30]]), 16, 20)
+    torch.testing.assert_close(part[1], whole[0, :, 5:21, 30:50])
+    assert torch.pdist(whole[0].flatten(1).T).min() > 0.01  # all places differ
+    angle = torch.tensor(2 * math.pi * 7 / 64)  # second octave of row 7
+    torch.testing.assert_close(whole[0, 1, 7], angle.cos().expand(64))
 
 
 @pytest.mark.parametrize(
@@ -773,7 +804,8 @@ def test_samples_pass_through_the_denoiser(order, stretched):
     alone = draw_maps(G, code_map, noise, level)
     with torch.no_grad():
         x = denoiser.places(SMALL.cut(alone)) if bounded else G(noise, level) / denoiser.sd
-        restored = denoiser.restore(x, grain_of(noise, 3, *SMALL.size))
+        _, place = known(x, corner=SMALL[:2])
+        restored = denoiser.restore(x, grain_of(noise, 3, *SMALL.size), level, place)
     assert torch.equal(SMALL.cut(maps), restored) and not torch.equal(maps, alone)
 
 

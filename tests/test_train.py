@@ -27,7 +27,17 @@ from stages.decoder import Decoding, decoder_batch, decoder_step, judge_patches
 from stages.denoiser import denoiser_batch, denoiser_step, make_denoiser
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.losses import random_corner, structural_loss
-from stages.stage import ORDER, Feed, Run, Schedule, Stage, open_seed, order_of, update_average
+from stages.stage import (
+    ORDER,
+    Feed,
+    Run,
+    Schedule,
+    Stage,
+    batch_rows,
+    open_seed,
+    order_of,
+    update_average,
+)
 from support import checkpoints, device, endings, runs
 
 TINY = Config(
@@ -342,8 +352,8 @@ def test_a_nan_ends_training_and_is_in_no_checkpoint(name, whole, tmp_path, monk
     }[name]  # fmt: skip
     real, calls = getattr(owner, function), []
 
-    def poisoned(*arguments):
-        value = real(*arguments)
+    def poisoned(*arguments, **options):
+        value = real(*arguments, **options)
         if name == "vqvae" and callable(value):  # `loss_of` returns the loss
             return lambda *given: bad(value(*given))
         return bad(value)
@@ -616,7 +626,7 @@ def test_the_patch_discriminator_learns_and_asks_the_decoder_for_missing_detail(
     assert (lacking * asked).sum() > 0.1 * lacking.norm() * asked.norm()
 
 
-PLACES = torch.arange(64 * 64).view(1, 64, 64)
+PLACES, LEVELS = torch.arange(64 * 64).view(1, 64, 64), torch.rand(4096)
 CROP = Crop(4, 10, 56, 40)
 
 
@@ -624,6 +634,7 @@ def real_of_places(crop: Crop) -> SimpleNamespace:
     """In place of `RealMaps`: each cell holds its own number."""
     return SimpleNamespace(
         code_map=SimpleNamespace(crop=crop),
+        levels=LEVELS,
         real_maps=lambda rows: PLACES.expand(len(rows), -1, -1),
     )
 
@@ -646,7 +657,10 @@ def test_crops_of_the_denoiser_lie_everywhere_in_the_crop(whole):
     seen, denoiser = [], make_denoiser(TINY)
     stage = SimpleNamespace(run=whole, batch_size=16, nimg=0)
     for stage.step in range(30):
-        (maps, noise, sigma), start = denoiser_batch(denoiser, real_of_places(CROP), stage)
+        batch, start = denoiser_batch(denoiser, real_of_places(CROP), stage)
+        maps, noise, sigma, level, corner = batch
+        assert torch.equal(64 * corner[:, 0] + corner[:, 1], maps[:, 0, 0])
+        assert torch.equal(level, LEVELS[batch_rows(stage)])
         assert maps.shape == (16, 16, 16) and noise.shape == (16, 4, 16, 16)
         assert 0.5 <= sigma.min() <= sigma.max() <= 4 and set(start) <= {0, 1}
         seen.append(maps)
@@ -716,7 +730,7 @@ def test_a_step_reads_no_value_from_the_device(whole, monkeypatch):
         assert values["g_loss"].device == meta
     denoiser = make_denoiser(TINY).to(meta)
     batch, start = denoiser_batch(denoiser, gan, stage)
-    found = denoiser_step(denoiser, sgd(denoiser), TINY, *batch, start)
+    found = denoiser_step(denoiser, sgd(denoiser), TINY, *batch, start=start)
     assert found.device == meta
     with pytest.raises((RuntimeError, NotImplementedError)):
         values["g_loss"].item()  # the control
