@@ -1,4 +1,4 @@
-"""An autoregressive prior of index maps, which ablate.py compares with the DCGAN.
+"""An autoregressive prior of index maps, which compare.py compares with the DCGAN.
 
 Dimensions as in modules: B batch, h w cells, U used codes; n samples.
 """

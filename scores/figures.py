@@ -248,12 +248,6 @@ def strip(images: Array, labels: Sequence[str] = (), stamp: str = "") -> Figure:
     return _stacks([Layer("", images)], stamp, labels, columns)
 
 
-def side_by_side(rows: dict[str, Array], stamp: str = "") -> Figure:
-    """Label -> slices: one row per label, all equally long."""
-    layers = [Layer(label, images) for label, images in rows.items()]
-    return _stacks(layers, stamp, columns=len(layers[0].images))
-
-
 def real_beside_generated(
     real: Array, reconstructed: Array, generated: Array, stamp: str = ""
 ) -> Figure:

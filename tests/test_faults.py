@@ -20,7 +20,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import ablate
 import numpy as np
 import pytest
 import torch
@@ -445,12 +444,10 @@ def test_no_script_runs_code_from_a_checkpoint(
     scripts = {
         "driver": lambda: driver.main(options(**given)),
         "train": lambda: train.main(options(**given, stage="all")),
-        "ablate": lambda: ablate.main(ablate.parse()),
     }
     (folder / "metrics.json").unlink()  # the driver skips a finished seed
     for path in folder.glob("*.pt"):
         torch.save({"format": FORMAT, "stage": path.stem, "bomb": Bomb(marker)}, path)
-    monkeypatch.setattr(sys, "argv", ["ablate.py", str(folder)])
     for name, main in scripts.items():
         assert endings._ending(main) == Exit.CHECKPOINT, (name, capsys.readouterr().err)
     commands = ["generate"], ["interpolate"], ["evaluate"], ["reconstruct", "--data", "."]

@@ -48,7 +48,6 @@ def every_figure(stamp: str = "") -> dict[str, Figure]:
         "nearest": figures.nearest(x, x, [0.01, 2.5, 100.0], columns=2, stamp=stamp),
         "real_beside_generated": figures.real_beside_generated(x, x, x, stamp),
         "strip": figures.strip(x, ["0.0", "0.5", "1.0"], stamp),
-        "side_by_side": figures.side_by_side({"one": x, "two": x}, stamp),
         "overlap": figures.overlap(dict.fromkeys("abc", np.eye(2)), ["a: 1", "b: 2"], stamp),
         "memorisation": figures.memorisation({"a": np.arange(9), "b": np.ones(5)}, 2.0, stamp),
     }

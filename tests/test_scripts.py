@@ -123,7 +123,7 @@ def test_bad_options_are_exit_2_with_one_line(options, words, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [*MAIN, "benchmarks/ablate.py", "benchmarks/soak.py"])
+@pytest.mark.parametrize("name", [*MAIN, "benchmarks/soak.py"])
 def test_help_needs_no_torch(name, tmp_path):
     code = (
         "import runpy, sys; path = sys.argv[1]; sys.argv = [path, '--help']\n"
