@@ -153,7 +153,7 @@ class Config:
     lr: float = option(2e-3, "learning rate", low=1e-8, high=1)
     batch_size: int = option(8, "slices per step, over all processes", low=1, high=65536)
     vqvae_kimg: float = option(
-        14.0, "training length, thousands of slices seen", low=0.001, high=1e7
+        16.0, "training length, thousands of slices seen", low=0.001, high=1e7
     )
 
     decoder_widths: tuple[int, int] = detail(
@@ -174,7 +174,7 @@ class Config:
     patch_gamma: float = detail(1e-4, "its weight of R1 and R2", low=0, high=1e4)
     patch_noise: float = detail(0.005, "sd of the noise added to its inputs", low=0, high=1)
     decoder_kimg: float = option(
-        4.0, "training length, thousands of slices seen; 0: none", low=0, high=1e7,
+        8.0, "training length, thousands of slices seen; 0: none", low=0, high=1e7,
         heading="sharper decoder (Isola et al. 2017, arXiv:1611.07004)",
     )  # fmt: skip
 
@@ -226,7 +226,7 @@ class Config:
     crop_cells: int = detail(32, "side of its training crops, a multiple of 4", low=8, high=32)
     sigma_power: float = detail(0.7, "below 1: more crops with much noise", low=0.01, high=100)
     denoiser_kimg: float = option(
-        60.0, "training length, thousands of crops seen; 0: none", low=0, high=1e7,
+        45.0, "training length, thousands of crops seen; 0: none", low=0, high=1e7,
         heading="denoiser (Karras et al. 2022, arXiv:2206.00364)",
     )  # fmt: skip
 

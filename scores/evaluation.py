@@ -190,7 +190,7 @@ class Scorer:
 
         Empty if all reference slices are of one subject, or no fold has both sides.
         """
-        subjects = {name: self.source.subjects[rows] for name, rows in self.rows.items()}
+        subjects = {k: self.source.subjects[self.rows[k]] for k in ("train", "real")}
         if min(len(set(names.tolist())) for names in subjects.values()) < 2:
             return {}
         train = self.sets["train"].spaces["texture"]
@@ -319,6 +319,21 @@ def slices_compared(config: Config, data: Data) -> int:
     return min(config.samples, len(data.test), len(data.validation), len(data.train) // 2)
 
 
+def references(run, data: Data) -> Scorer:
+    """The sets that samples of a run are compared with; `add` brings the samples."""
+    n, encoder = slices_compared(run.config, data), slice_encoder(data, Path(run.config.cache))
+    scorer = Scorer(data.train, n, run.code_map.crop, encoder)
+    real = scorer.rows["real"]
+    outputs = run.reconstruct(data.train.batch(real))[1]
+    scorer.add("reconstruction", outputs, data.train.levels[real])
+    draw = np.random.default_rng(1)
+    for name in UNSEEN:
+        split = getattr(data, name)
+        scorer.rows[name] = rows = draw.permutation(len(split))[:n]
+        scorer.add(name, split.batch(rows), split.levels[rows])
+    return scorer
+
+
 def evaluate(run, data: Data) -> tuple[dict, Scorer]:
     """Every score of a run as plain values (docs/quality.md), and the sets behind them."""
     if data.fingerprint != run.fingerprint:
@@ -326,22 +341,15 @@ def evaluate(run, data: Data) -> tuple[dict, Scorer]:
             Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
         )
     reconstruction, codebook = score_reconstruction(run, data.test)
-    n, encoder = slices_compared(run.config, data), slice_encoder(data, Path(run.config.cache))
-    scorer = Scorer(data.train, n, run.code_map.crop, encoder)
-    real = scorer.rows["real"]
-    outputs = run.reconstruct(data.train.batch(real))[1]
-    scorer.add("reconstruction", outputs, data.train.levels[real])
-    draw = np.random.default_rng(1)
-    rows = {name: draw.permutation(len(getattr(data, name)))[:n] for name in UNSEEN}
-    for name, chosen in rows.items():
-        split = getattr(data, name)
-        scorer.add(name, split.batch(chosen), split.levels[chosen])
-    images = run.sample(n)[1]
-    levels = run.noise(n)[1].numpy() if run.conditional else np.full(n, math.nan)
+    scorer = references(run, data)
+    images = run.sample(scorer.n)[1]
+    levels = run.noise(scorer.n)[1].numpy()
+    if not run.conditional:
+        levels = np.full(scorer.n, math.nan)
     scorer.add("generated", images, levels)
     shown = {
         "generated": images[:NEAREST].clone(),
-        "real": data.validation.batch(rows["validation"][:NEAREST]),
+        "real": data.validation.batch(scorer.rows["validation"][:NEAREST]),
     }
     del images
     device.release_memory()

@@ -1,0 +1,527 @@
+"""Other ways to draw brains, at equal time and by one scorer.
+
+    python benchmarks/compare.py RUN                    # every row that the CSV does not have
+    python benchmarks/compare.py RUN --rows diffusion   # these
+    python benchmarks/compare.py --table                # the table, from the CSV
+
+RUN is the folder of a finished seed: its data, crop and, for rows over index maps, its VQ-VAE
+are used. Each row is a process of its own that trains for --minutes (without the time of RUN's
+VQ-VAE and decoder, if it uses them) and draws as many slices as the scores compare. Scores are
+those of `predict.py evaluate`, with test people as unseen people. Results are added to
+comparison.csv beside this file, samples to --out. Rivals come from MONAI
+(`pip install -r benchmarks/requirements.txt`).
+"""
+
+import argparse
+import csv
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished seed")
+    parser.add_argument("--rows", metavar="ROW", nargs="+", help="[all]")
+    parser.add_argument("--minutes", type=float, default=12.0, help="of training [12]")
+    parser.add_argument("--lr", type=float, default=1.0, help="factor of learning rates [1]")
+    parser.add_argument("--out", default="runs/comparison", help="[runs/comparison]")
+    parser.add_argument("--table", action="store_true", help="print the table and end")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # --help must not wait for the import of torch
+    ARGUMENTS = parse()
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pixelcnn import PixelCNN
+from torch import Tensor, nn
+
+import modules
+import predict
+from dataset import PIXELS, Data, open_data
+from modules import generator_of
+from scores.evaluation import KINDS, references, slices_compared
+from stages.stage import ORDER, order_of, update_average
+from support import checkpoints, device, endings, files, messages
+from support.muon import make_optimizer
+
+CSV = HERE / "comparison.csv"
+SCORES = {
+    "judge_auc_test": "judge's AUC", "fd_train": "relative FD", "fine_fd_train": "fine FD",
+    "precision": "precision", "recall": "recall", "coverage": "coverage",
+    "ms_ssim_of_pairs": "MS-SSIM of pairs", "memorised_share": "memorised share",
+}  # fmt: skip
+EFFORT = {
+    "minutes": "minutes", "seconds_per_1000": "s per 1,000 slices",
+    "parameters_m": "parameters, M", "memory_mb": "peak memory, MB",
+}  # fmt: skip
+COLUMNS = ("row", "source", "seed", "lr", *EFFORT, *SCORES)
+BATCH = 16
+LEVEL_BINS = 32  # classes of the slice level, for networks that take a class
+
+
+# --- what rows are given ------------------------------------------------------------------
+
+
+@dataclass
+class Given:
+    """What a row learns from, for how long, and how fast. H W: the crop of all heads."""
+
+    run: predict.TrainedRun
+    data: Data
+    seconds: float
+    lr: float
+
+    def __post_init__(self):
+        self.levels = torch.from_numpy(np.nan_to_num(self.data.train.levels, nan=0.5))
+        self.size = tuple(PIXELS * side for side in self.run.code_map.crop.size)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The training slices of a batch (B,), in shuffled epochs."""
+        return order_of(self.run.seed, ORDER, len(self.data.train), step * BATCH, BATCH)
+
+    def images(self, step: int) -> tuple[Tensor, Tensor]:
+        """Cropped slices (B, 1, H, W) in [0, 1] and their levels (B,)."""
+        rows = self.rows(step)
+        images = self.data.train.batch(rows)
+        return self.run.code_map.crop.cut(images, PIXELS), self.levels[rows]
+
+    def maps(self, step: int) -> tuple[Tensor, Tensor]:
+        """Cropped index maps (B, h, w) and their levels (B,)."""
+        rows = self.rows(step)
+        stored = files.mapped(self.run.folder / "codes.npy")[self.data.train.rows[rows]]
+        maps = torch.from_numpy(stored.astype(np.int64))
+        return self.run.code_map.crop.cut(maps), self.levels[rows]
+
+    def pasted(self, inside: Tensor) -> Tensor:
+        """Cropped slices (n, 1, H, W), on black: (n, 1, 256, 256) in [0, 1]."""
+        images = inside.new_zeros(len(inside), 1, 256, 256)
+        self.run.code_map.crop.cut(images, PIXELS)[:] = inside.clamp(0, 1)
+        return images
+
+    def decoded(self, maps: Tensor) -> Tensor:
+        """Cropped index maps (n, h, w) -> slices (n, 1, 256, 256)."""
+        code_map = self.run.code_map
+        return self.run.decode(code_map.crop.paste(maps, code_map.background))
+
+    def steps(self, lr: float, *optimizers, share: float = 1.0) -> Iterator[int]:
+        """Steps for `share` of the time; the rate falls with the time, along a cosine."""
+        begun, step, seconds = time.monotonic(), 0, share * self.seconds
+        while (passed := time.monotonic() - begun) < seconds:
+            for optimizer in optimizers:
+                rate = self.lr * lr * 0.5 * (1 + math.cos(math.pi * passed / seconds))
+                device.set_lr(rate, optimizer)
+            yield step
+            step += 1
+        messages.say(f"  {step} steps of {BATCH} in {passed:.0f} s")
+
+    def autocast(self) -> torch.autocast:
+        return device.autocast(torch.device("cpu"), self.run.config.precision)
+
+
+def step_of(optimizer: torch.optim.Optimizer, loss: Tensor):
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def adam(*networks: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam([p for n in networks for p in n.parameters()], lr=1e-3, fused=True)
+
+
+def in_batches(draw: Callable, *inputs: Tensor) -> Tensor:
+    parts = zip(*(x.split(BATCH) for x in inputs), strict=True)
+    return torch.cat([draw(*part) for part in parts])
+
+
+# --- rows: each trains and returns its networks, and a function (levels) -> slices -----------
+
+Trained = tuple[list[nn.Module], Callable[[Tensor], Tensor]]
+
+
+def this_project(given: Given) -> Trained:
+    """RUN itself."""
+    run = given.run
+    networks = [run.vqvae, run.generator] + [run.denoiser] * (run.denoiser is not None)
+    return networks, lambda levels: run.draw(run.noise(len(levels))[0], levels)[1]
+
+
+def without_denoiser(given: Given) -> Trained:
+    given.run.denoiser = None
+    return this_project(given)
+
+
+def pixel_gan(scale: int) -> Callable[[Given], Trained]:
+    """This project's generator, discriminator and loss, on pixels of 1/scale of the size."""
+
+    def row(given: Given) -> Trained:
+        config, size = given.run.config, tuple(side // scale for side in given.size)
+        torch.manual_seed(given.run.seed)
+        G = modules.Generator(config.noise_dim, 32, 1, False, True, size)
+        D = modules.Discriminator(32, 1, False, size)
+        average = modules.Generator(config.noise_dim, 32, 1, False, True, size)
+        average.load_state_dict(G.state_dict())
+        rate, ratio = config.gan_lr[0], config.gan_lr[1] / config.gan_lr[0]
+        betas = config.gan_beta1, 0.99
+        g, d = (
+            make_optimizer(network, config.optimizer, rate, betas, config.gan_momentum)
+            for network in (G, D)
+        )
+        for step in given.steps(rate, g):
+            device.set_lr(ratio * g.param_groups[0]["lr"], d)
+            images, level = given.images(step)
+            real = 2 * F.avg_pool2d(images, scale) - 1
+            noise = torch.randn(BATCH, config.noise_dim)
+            with given.autocast():
+                fake = G(noise, level)
+                both, levels = torch.cat([real, fake.detach().float()]), level.repeat(2)
+                real_score, fake_score = D(both, levels).float().chunk(2)
+            loss = modules.relativistic_loss(real_score, fake_score)
+            if step % config.penalty_every == 0:
+                with given.autocast():
+                    penalty = modules.gradient_penalty(D, both, levels).mean()
+                loss = loss + config.gamma * config.penalty_every * penalty
+            step_of(d, loss)
+            with given.autocast():
+                score = D(fake, level).float()
+            step_of(g, modules.relativistic_loss(score, real_score.detach()))
+            update_average(average, G, min(5000, 0.05 * step * BATCH), BATCH)
+        average.eval()
+
+        @torch.no_grad()
+        def draw(levels: Tensor) -> Tensor:
+            noise = given.run.noise(len(levels))[0]
+            small = (in_batches(average, noise, levels) + 1) / 2
+            large = (
+                F.interpolate(small, size=given.size, mode="bicubic") if scale > 1 else small
+            )
+            return given.pasted(large)
+
+        return [average], draw
+
+    return row
+
+
+def autoregressive(given: Given) -> Trained:
+    """PixelCNN (van den Oord et al. 2016) over RUN's index maps."""
+    code_map = given.run.code_map
+    torch.manual_seed(given.run.seed)
+    prior = PixelCNN(len(code_map.used))
+    optimizer = adam(prior)
+    for step in given.steps(2e-3, optimizer):
+        maps, level = given.maps(step)
+        ranks = code_map.rank[maps]
+        with given.autocast():
+            scores = prior(ranks, level)
+        step_of(optimizer, F.cross_entropy(scores.float().flatten(0, 2), ranks.flatten()))
+    prior.eval()
+
+    def draw(levels: Tensor) -> Tensor:
+        torch.manual_seed(given.run.seed)
+        ranks = [prior.draw(part, *code_map.crop.size) for part in levels.split(128)]
+        return given.decoded(code_map.used[torch.cat(ranks)])
+
+    return [prior], draw
+
+
+def unet(channels: int) -> nn.Module:
+    """MONAI's diffusion UNet, 1 to 2 M parameters, told the slice level as a class."""
+    from monai.networks.nets import DiffusionModelUNet
+
+    return DiffusionModelUNet(
+        spatial_dims=2, in_channels=channels, out_channels=channels, num_res_blocks=1,
+        channels=(32, 64, 96), attention_levels=(False, False, True), num_head_channels=32,
+        num_class_embeds=LEVEL_BINS,
+    )  # fmt: skip
+
+
+def level_class(level: Tensor) -> Tensor:
+    return (level * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
+
+
+def train_diffusion(given: Given, network, batch: Callable, share: float = 1.0):
+    """Predict the noise (Ho et al. 2020, arXiv:2006.11239). batch: step -> x, level."""
+    from monai.networks.schedulers import DDPMScheduler
+
+    scheduler, optimizer = DDPMScheduler(num_train_timesteps=1000), adam(network)
+    for step in given.steps(1e-3, optimizer, share=share):
+        x, level = batch(step)
+        noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
+        noisy = scheduler.add_noise(original_samples=x, noise=noise, timesteps=t)
+        with given.autocast():
+            found = network(noisy, t, class_labels=level_class(level))
+        step_of(optimizer, F.mse_loss(found.float(), noise))
+    network.eval()
+
+
+@torch.no_grad()
+def diffused(network, shape: tuple[int, ...], levels: Tensor, steps: int, seed: int) -> Tensor:
+    """Samples (n, *shape) by DDIM (Song et al. 2021, arXiv:2010.02502)."""
+    from monai.networks.schedulers import DDIMScheduler
+
+    scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
+    scheduler.set_timesteps(steps)
+
+    def some(x: Tensor, level: Tensor) -> Tensor:
+        for t in scheduler.timesteps:
+            times = torch.full((len(x),), int(t))
+            noise = network(x, times, class_labels=level_class(level))
+            x = scheduler.step(noise, int(t), x)[0]
+        return x
+
+    start = torch.randn((len(levels), *shape), generator=generator_of(seed, 1))
+    return in_batches(some, start, levels)
+
+
+def map_diffusion(steps: int) -> Callable[[Given], Trained]:
+    """Diffusion over the coordinates of RUN's index maps; a cell becomes the nearest code."""
+
+    def row(given: Given) -> Trained:
+        code_map = given.run.code_map
+        torch.manual_seed(given.run.seed)
+        network = unet(code_map.points.shape[1])
+
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            maps, level = given.maps(step)
+            return code_map.places(maps), level
+
+        train_diffusion(given, network, batch)
+        shape = code_map.points.shape[1], *code_map.crop.size
+
+        def draw(levels: Tensor) -> Tensor:
+            u = diffused(network, shape, levels, steps, given.run.seed)
+            return given.decoded(code_map.decode(u))
+
+        return [network], draw
+
+    return row
+
+
+def latent_diffusion(given: Given) -> Trained:
+    """AutoencoderKL, then diffusion of its latents (Rombach et al. 2022, arXiv:2112.10752).
+
+    MONAI's networks; the autoencoder's loss is L1 and KL, without the perceptual and
+    adversarial terms of MONAI's tutorial, whose weights need a download.
+    """
+    from monai.networks.nets import AutoencoderKL
+
+    torch.manual_seed(given.run.seed)
+    coder = AutoencoderKL(
+        spatial_dims=2, num_res_blocks=1, channels=(16, 32, 32), latent_channels=3,
+        attention_levels=(False, False, False), norm_num_groups=16,
+        with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
+    )  # fmt: skip
+    optimizer = adam(coder)
+    for step in given.steps(1e-3, optimizer, share=0.4):
+        images, _ = given.images(step)
+        with given.autocast():
+            output, mean, sd = coder(images)
+        mean, sd = mean.float(), sd.float()
+        kl = 0.5 * (mean.square() + sd.square() - sd.square().log() - 1).mean()
+        step_of(optimizer, F.l1_loss(output.float(), images) + 1e-6 * kl)
+    coder.eval()
+
+    @torch.no_grad()
+    def latents(step: int) -> tuple[Tensor, Tensor]:
+        images, level = given.images(step)
+        return coder.encode(images)[0], level
+
+    scale = 1 / latents(0)[0].std()
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        z, level = latents(step)
+        return z * scale, level
+
+    network = unet(3)
+    train_diffusion(given, network, batch, share=0.6)
+
+    @torch.no_grad()
+    def draw(levels: Tensor) -> Tensor:
+        shape = 3, *given.run.code_map.crop.size
+        z = diffused(network, shape, levels, 50, given.run.seed) / scale
+        return given.pasted(in_batches(coder.decode, z))
+
+    return [coder, network], draw
+
+
+def tokens_transformer(given: Given) -> Trained:
+    """MONAI's VQ-VAE, 16 times smaller, and its transformer over the tokens.
+
+    As in MONAI's tutorial, with four halvings instead of two: its transformer keeps no keys,
+    so more tokens would take hours a sample.
+    """
+    from monai.networks.nets import VQVAE, DecoderOnlyTransformer
+
+    torch.manual_seed(given.run.seed)
+    codes, down, up = 256, (2, 4, 1, 1), (2, 4, 1, 1, 0)
+    model = VQVAE(
+        spatial_dims=2, in_channels=1, out_channels=1, channels=(32, 64, 96, 96),
+        num_res_layers=1, num_res_channels=(32, 64, 96, 96), downsample_parameters=(down,) * 4,
+        upsample_parameters=(up,) * 4, num_embeddings=codes, embedding_dim=64, ddp_sync=False,
+    )  # fmt: skip
+    optimizer = adam(model)
+    for step in given.steps(1e-3, optimizer, share=0.5):
+        images, _ = given.images(step)
+        output, loss = model(images)
+        step_of(optimizer, F.l1_loss(output, images) + loss)
+    model.eval()
+    h, w = (side // 16 for side in given.size)
+    prior = DecoderOnlyTransformer(codes + LEVEL_BINS, h * w + 1, 96, 6, 8)
+    optimizer = adam(prior)
+
+    def started(level: Tensor) -> Tensor:
+        return codes + level_class(level)[:, None]  # the first token tells the level
+
+    for step in given.steps(5e-4, optimizer, share=0.5):
+        images, level = given.images(step)
+        with torch.no_grad():
+            tokens = model.index_quantize(images).flatten(1)
+        with given.autocast():
+            scores = prior(torch.cat([started(level), tokens[:, :-1]], 1)).float()
+        step_of(optimizer, F.cross_entropy(scores[..., :codes].flatten(0, 1), tokens.flatten()))
+    prior.eval()
+
+    @torch.no_grad()
+    def draw(levels: Tensor) -> Tensor:
+        torch.manual_seed(given.run.seed)
+
+        def some(level: Tensor) -> Tensor:
+            tokens = started(level)
+            for _ in range(h * w):
+                chances = prior(tokens)[:, -1, :codes].softmax(1)
+                tokens = torch.cat([tokens, torch.multinomial(chances, 1)], 1)
+            return model.decode_samples(tokens[:, 1:].view(-1, h, w))
+
+        return given.pasted(in_batches(some, levels))
+
+    return [model, prior], draw
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    train: Callable[[Given], Trained]
+    over_maps: bool = False  # uses RUN's VQ-VAE and decoder, whose time counts
+
+
+ROWS = {
+    "ours": Row("this project", this_project, True),
+    "ours-no-denoiser": Row("... without its denoiser", without_denoiser, True),
+    "diffusion-50": Row("diffusion over the same maps, DDIM 50", map_diffusion(50), True),
+    "diffusion-10": Row("diffusion over the same maps, DDIM 10", map_diffusion(10), True),
+    "autoregressive": Row("PixelCNN over the same maps", autoregressive, True),
+    "latent-diffusion": Row("latent diffusion (MONAI), DDIM 50", latent_diffusion),
+    "transformer": Row("VQ-VAE, transformer over 16x smaller maps (MONAI)", tokens_transformer),
+    "pixels-64": Row("DCGAN of pixels, a quarter of the size, enlarged", pixel_gan(4)),
+    "pixels-256": Row("DCGAN of pixels, full size", pixel_gan(1)),
+}  # fmt: skip
+
+
+# --- one row ------------------------------------------------------------------------------
+
+
+def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
+    """Seconds that RUN's stages were trained."""
+    paths = [run.folder / f"{stage}_last.pt" for stage in stages if stage in run.trained]
+    return sum(checkpoints.load_checkpoint(path)["seconds"] for path in paths)
+
+
+def one_row(name: str, arguments):
+    """Train, draw, score; add a line to the CSV."""
+    run = predict.load_run(arguments.run, "cpu")
+    data, row = open_data(run.config), ROWS[name]
+    before = seconds_of(run, "vqvae", "decoder") if row.over_maps else 0.0
+    given = Given(run, data, 60 * arguments.minutes - before, arguments.lr)
+    begun = time.monotonic()
+    networks, draw = row.train(given)
+    seconds = before + time.monotonic() - begun
+    if name == "ours":
+        seconds = seconds_of(run, *run.trained)
+    elif name == "ours-no-denoiser":
+        seconds = seconds_of(run, *(stage for stage in run.trained if stage != "denoiser"))
+    n = slices_compared(run.config, data)
+    levels = run.noise(n)[1].nan_to_num(0.5)
+    begun = time.monotonic()
+    images = draw(levels)
+    drawing = time.monotonic() - begun
+    effort = {
+        "minutes": seconds / 60, "seconds_per_1000": 1000 * drawing / n,
+        "parameters_m": sum(p.numel() for k in networks for p in k.parameters()) / 1e6,
+        "memory_mb": device.peak_memory_mb(),
+    }  # fmt: skip
+    folder = Path(arguments.out) / f"{name}-seed-{run.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    predict.write_slices(folder, iter([images]))
+    scorer = references(run, data)
+    scorer.add("generated", images, levels.numpy())
+    add(run, data, arguments.lr, name, scorer.all(), effort)
+
+
+def add(run, data: Data, lr: float, name: str, scores: dict, effort: dict):
+    """Append a row to the CSV, and the references if this source has none."""
+    source = "embedded" if data.embedded else Path(run.config.data).name
+    known = {(line["row"], line["source"]) for line in read_rows()}
+    new = not CSV.exists()
+    with open(CSV, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for kind in KINDS:
+            row = name if kind == "generated" else f"({kind})"
+            if kind != "generated" and (row, source) in known:
+                continue
+            values = {key: scores[key].get(kind, "") for key in SCORES}
+            values |= effort if kind == "generated" else {}
+            shown = {k: f"{v:.4g}" if v != "" else "" for k, v in values.items()}
+            writer.writerow({"row": row, "source": source, "seed": run.seed, "lr": lr} | shown)
+
+
+def read_rows() -> list[dict]:
+    if not CSV.exists():
+        return []
+    with open(CSV, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table() -> str:
+    """The CSV as a Markdown table."""
+    columns = EFFORT | SCORES
+    lines = ["| way | data | seed | " + " | ".join(columns.values()) + " |"]
+    lines.append("| --- " * (3 + len(columns)) + "|")
+    for row in read_rows():
+        label = ROWS[row["row"]].label if row["row"] in ROWS else row["row"]
+        cells = [row[name] or "-" for name in columns]
+        lines.append("| " + " | ".join([label, row["source"], row["seed"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments):
+    if arguments.table:
+        return print(table())
+    if arguments.rows and len(arguments.rows) == 1:
+        return one_row(arguments.rows[0], arguments)
+    run = predict.load_run(arguments.run, "cpu")
+    source = Path(run.config.data).name or "embedded"
+    known = {(r["row"], r["source"], r["seed"]) for r in read_rows()}
+    for name in arguments.rows or ROWS:
+        if (name, source, str(run.seed)) not in known:
+            messages.say(f"{name}: {ROWS[name].label}")
+            words = [a for a in sys.argv[1:] if a not in ROWS and a != "--rows"]
+            subprocess.run([sys.executable, __file__, *words, "--rows", name], check=True)
+    return print(table())
+
+
+if __name__ == "__main__":
+    endings.run_script(lambda: main(ARGUMENTS))
