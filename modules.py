@@ -291,7 +291,7 @@ def blank_margins(x: Tensor) -> list[int]:
 
     x (B, 1, H, W), H and W multiples of 4. A cell covers 4x4 pixels and depends on 3 pixels
     more on each side: 1 by the first convolution, 2 by the second, at half the size. If all
-    images are black, no margin is blank.
+    images are black, all margins are 0.
     """
     seen = (x.amax((0, 1)) != 0) | (x.amin((0, 1)) != 0)                  # (H, W)
     margins = []
@@ -314,7 +314,7 @@ def make_vqvae(config: Config) -> VQVAE:
 
 @torch.no_grad()
 def start_awake(module: nn.Module):
-    """He's start, with each filter's sign chosen so that its weights have a positive sum.
+    """He et al.'s start; each filter's sign makes the sum of its weights positive.
 
     Slices and ReLU outputs are never negative and these convolutions have no bias: a filter of
     negative sum is 0 almost everywhere and seldom learns. With random signs, half of the 8
@@ -487,9 +487,9 @@ class Generator(nn.Module):
 
     64x64 as in the paper: 4x4, then doubled four times. Other sizes: each layer draws half of
     the next one's cells, rounded up, and surplus cells are cut off (56x48 begins with 4x3).
-    classic: as in the paper. Otherwise the slice level's features are added to the noise, and
-    one more layer works at full size: in the paper's last layer, 4x4 neighbouring cells are a
-    linear function of few numbers, so tissue borders stay soft.
+    classic: as in the paper. Otherwise the slice level's features are appended to the noise,
+    and one more layer works at full size: in the paper's last layer, 4x4 neighbouring cells are
+    a linear function of few numbers, so tissue borders stay soft.
     bounded: tanh at the end, as in the paper.
     """
 
@@ -628,7 +628,7 @@ def gradient_penalty(discriminator: nn.Module, u: Tensor, *given: Tensor) -> Ten
 
 # --- generation ---------------------------------------------------------------------------
 
-SAMPLE = 1000  # the purpose of generators that draw a sample's noise
+SAMPLE = 1000  # purpose number of `generator_of`: a sample's noise
 DRAW_BATCH = 16
 
 
@@ -661,7 +661,8 @@ def noise_of(
 
 @torch.no_grad()
 def in_full_batches(function: Callable, *inputs: Tensor) -> Tensor:
-    """function(*inputs), DRAW_BATCH rows at a time, on the CPU. The last batch is padded.
+    """function(*inputs), DRAW_BATCH rows at a time; the result is on the CPU. The last batch is
+    padded.
 
     A batch of another size is summed in another order, and a value at the edge of a bin would
     change its code.

@@ -344,7 +344,7 @@ class Gan(RealMaps):
         return u, levels, device.sent(noise, run.device)
 
     def jitter(self, u: Tensor, stage: Stage, mine: slice) -> Tensor:
-        """Move binned values within their bins: U exact numbers would tell real maps apart."""
+        """Move binned values within their bins: by exact values D could recognise real maps."""
         draw = generator_of(self.run.seed, JITTER, stage.step)
         jitter = torch.rand((stage.batch_size, 1, *u.shape[2:]), generator=draw)[mine]
         return u + (device.sent(jitter, self.run.device) * 2 - 1) / len(self.code_map.used)
@@ -473,7 +473,7 @@ class Monitor:
 
     @torch.no_grad()
     def measure(self, stage: Stage) -> dict:
-        """diversity, every row: 1 is that of real maps; fd_validation, eight times.
+        """Return diversity (real maps: 1) for each row, and fd_validation for eight of them.
 
         Both without the denoiser, which would hide what the generator has not learned.
         """

@@ -95,7 +95,7 @@ class Described:
     levels: np.ndarray  # (n,) slice levels, NaN if unknown
     spaces: dict[str, np.ndarray]  # (n, F) features by space
     areas: np.ndarray  # (n, 3) pixels of CSF, grey and white matter
-    judged: Tensor  # (n, 1, h, w) uint8, as the judge sees them
+    judged: Tensor  # (n, 1, h, w) uint8, prepared for the judge
     spectrum: Tensor  # (R,) dB
     level_seen: np.ndarray | None = None  # (n,) slice levels by the encoder
     pairs: float = math.nan  # mean MS-SSIM of random pairs
@@ -243,7 +243,8 @@ class Scorer:
         return {f"judge_auc_{name}": values for name, values in aucs.items()}
 
     def morphometry(self) -> dict[str, float]:
-        """Distance of tissue areas from reference slices, over that of two halves of people.
+        """Distance of tissue areas from reference slices, divided by that of two halves of
+        people.
 
         Empty if all reference slices are of one subject.
         """
@@ -373,7 +374,7 @@ def evaluate(run, data: Data) -> tuple[dict, Scorer]:
 
 
 def as_the_seed_counts_it(one: Tensor, data: Data) -> dict[str, float]:
-    """SSIM of one sample (1, 1, 256, 256) against every test slice."""
+    """The original project's count: SSIM of one sample (1, 1, 256, 256) to each test slice."""
     scores = in_parts(lambda x: metrics.ssim(one.expand_as(x), x), data.test)
     return {
         "mean": scores.mean().item(),
@@ -460,7 +461,7 @@ READING = {
     "fd_validation": "Lower is better; 1 is the least to expect. This score chooses the run.",
     "fd_test": "Against people who were not used in training or selection.",
     "fine_fd_train": "Grain, edges, blur. Samples cannot have what reconstructions lack.",
-    "fine_fd_reconstruction": "The generator's own share of it: 1 means none.",
+    "fine_fd_reconstruction": "Fine-scale error added by the generator: 1 means none.",
     "precision": "Share of samples that lie among real slices; compare with real.",
     "recall": "Share of real slices that lie among samples; low means little variety.",
     "coverage": "Share of real slices with a sample nearby; compare with real.",

@@ -96,7 +96,7 @@ def reading(name: str) -> str:
 def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
     """The five numbers to read first: label, number, reference."""
     five = [("SSIM of reconstructions", f"{r['ssim']['mean']:.3f}", "1 is the original")]
-    references = dict.fromkeys(("fd_train", "recall", "ms_ssim_of_pairs"), "real")
+    references = {"judge_auc_test": "real", "fd_train": "unseen_people", "recall": "real"}
     for name, kind in (references | {"memorised_share": "unseen_people"}).items():
         label, reference = LABELS[name].partition(" (")[0], kind.replace("_", " ")
         number, beside = g[name]["generated"], g[name][kind]

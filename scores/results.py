@@ -9,9 +9,8 @@ from pathlib import Path
 
 from support import checkpoints, files
 
-SCORE = (
-    "fd_validation"  # chooses the best run: relative FD to validation slices, lower is better
-)
+# Chooses the best run: relative FD to validation slices, lower is better (docs/quality.md).
+SCORE = "fd_validation"
 
 
 def row_of(folder: Path, seed: int, n: int) -> dict:
@@ -35,7 +34,7 @@ def scored_row(metrics: dict) -> dict:
     """The row of a run, from the values of its metrics.json."""
     r, g = (metrics[name] for name in ("reconstruction", "generation"))
     test = {name: r[name]["mean"] for name in ("ssim", "ssim_in_brain", "psnr_db")}
-    names = ("fd_test", "fd_train", "coverage", "recall", "ms_ssim_of_pairs")
+    names = ("judge_auc_test", "fd_test", "fd_train", "coverage", "recall")
     test |= {name: g[name]["generated"] for name in names}
     validation = {SCORE: g[SCORE]["generated"]}
     if not all(map(math.isfinite, [*test.values(), *validation.values()])):

@@ -1,9 +1,10 @@
 """Stage 3: a sharper decoder, trained beside a discriminator of patches.
 
 In: the VQ-VAE and the index maps of stages 1 and 2, which do not change. Out:
-`decoder_best.pt`, the VQ-VAE with a larger decoder. The best guess of a detail by error is a
-blurred one; the discriminator teaches what slices look like (as in VQGAN: Esser et al. 2021,
-arXiv:2012.09841, section 3.1, there for the whole VQ-VAE). `decoder_kimg = 0` skips this stage.
+`decoder_best.pt`, the VQ-VAE with a larger decoder. The guess of a detail with the least mean
+error is blurred; the discriminator teaches what slices look like (as in VQGAN: Esser et al.
+2021, arXiv:2012.09841, section 3.1, there for the whole VQ-VAE). `decoder_kimg = 0` skips this
+stage.
 """
 
 import copy
@@ -243,7 +244,7 @@ def judge_patches(
 
 @torch.no_grad()
 def measure_decoder(average: VQVAE, real: RealMaps, stage: Stage) -> dict:
-    """Validation scores, ten times in a training; keeps the average's best weights."""
+    """Validation scores, ten times in a training; keeps the latest average of good SSIM."""
     if not stage.due(10):
         return {}
     validation = stage.run.data.validation

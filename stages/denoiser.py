@@ -1,9 +1,9 @@
 """Stage 5: a denoiser of index maps.
 
 In: the index maps of stage 2. Out: `denoiser_best.pt`. A discriminator of whole maps hardly
-judges single cells, so a generator leaves them blurred. The denoiser learns from crops of real
-maps which codes fit together, and corrects generated maps: noise is added, then removed.
-`denoiser_kimg = 0` skips this stage.
+judges single cells, so many single cells of a generated map are wrong. The denoiser learns from
+crops of real maps which codes fit together, and corrects generated maps: noise is added, then
+removed. `denoiser_kimg = 0` skips this stage.
 """
 
 import copy
@@ -31,7 +31,7 @@ from stages.stage import (
 from support import device, distributed
 from support.muon import Muon
 
-GRAIN = 1001  # the purpose of the generator behind `grain_of`
+GRAIN = 1001  # purpose number of `generator_of`: `grain_of`
 
 # --- network ------------------------------------------------------------------------------
 
@@ -40,10 +40,10 @@ class Denoiser(nn.Module):
     """Probabilities of the codes that a noisy map held, and their mean D(x; sigma).
 
     It learns the posterior of each cell's code (Dieleman et al. 2022, arXiv:2211.15089, section
-    3): p(k | x) ~ exp(-|x - e_k|^2 / (2 sigma^2)) * exp(c_k). The first factor, what the cell
-    itself says, is known. The network learns the second, what the neighbours say. So it decides
-    between codes; a network that learns the mean by squared error blurs. Noise and input scale
-    are those of Karras et al. 2022 (arXiv:2206.00364, table 1, sigma_data 1). It also gets the
+    3): p(k | x) ~ exp(-|x - e_k|^2 / (2 sigma^2)) * exp(c_k). The first factor depends on the
+    cell alone and is known. The network learns c_k from the neighbours. So the network chooses
+    between codes; one that learns the mean by squared error blurs. Noise and input scale are
+    those of Karras et al. 2022 (arXiv:2206.00364, table 1, sigma_data 1). It also gets the
     slice level and each cell's place in the whole map.
 
     Codes are points of a `CodeMap` of coordinates, whatever the DCGAN draws. x is in units of
@@ -129,7 +129,7 @@ class Denoiser(nn.Module):
         table = F.pad(self.points, (0, 1), value=1.0).T.contiguous()  # (C + 1, K)
 
         def mean(logits: Tensor) -> Tensor:
-            # At least e^-80: smaller numbers are denormal, which makes processors slow.
+            # At least e^-80: safely above denormal numbers, which make processors slow.
             logits = logits.sub_(logits.amax(1, keepdim=True)).clamp_min_(-80)
             sums = F.linear(logits.exp_(), table)  # of e p(e | x), and of p(e | x)
             return sums[:, :-1] / sums[:, -1:]
@@ -147,8 +147,8 @@ class Denoiser(nn.Module):
 
         As SDEdit (Meng et al. 2022, arXiv:2108.01073): add enough noise to hide what is wrong,
         then remove it by a multistep method (DPM-Solver++ of Lu et al. 2022, arXiv:2211.01095,
-        algorithm 2). It assumes that D goes on changing as in the step before, linearly in log
-        sigma, and solves the equation for that D exactly. At the smallest sigma of training,
+        algorithm 2). The method extrapolates D(x; sigma) from the step before, linearly in log
+        sigma, and solves the diffusion ODE for it exactly. At the smallest sigma of training,
         each cell becomes its most probable code.
         noise (n, C, h, w): white, of unit variance. Raises FloatingPointError if x, or the
         result of a pass but the last, is not finite.
