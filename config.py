@@ -157,9 +157,11 @@ class Config:
     )
 
     decoder_widths: tuple[int, int] = detail(
-        (32, 16), "least number of channels of its two convolutions", low=1, high=4096
+        (32, 16), "sharper decoder: least channels of its two convolutions", low=1, high=4096
     )
-    residual_blocks: int = detail(2, "its residual blocks, on 64x64 cells", low=0, high=64)
+    residual_blocks: int = detail(
+        2, "sharper decoder: residual blocks, on 64x64 cells", low=0, high=64
+    )
     decoder_lr: float = detail(1e-3, "learning rate of the sharper decoder", low=1e-8, high=1)
     decoder_ema_kimg: float = detail(
         1.5, "half-life of its weight average, thousands of slices", low=0, high=1e5
@@ -285,7 +287,7 @@ PRESETS = {
         "denoiser_kimg": 1.0, "samples": 64,
     },
     "long": {
-        "vqvae_kimg": 27.0, "decoder_kimg": 8.0, "gan_kimg": 210.0, "denoiser_kimg": 190.0,
+        "vqvae_kimg": 27.0, "decoder_kimg": 16.0, "gan_kimg": 210.0, "denoiser_kimg": 150.0,
     },
     "full": {
         "widths": (64, 32, 16, 32), "batch_size": 64, "vqvae_kimg": 193.28,

@@ -200,7 +200,7 @@ def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlice
     config = replace(config, data=str(path))
     items, report = find(path, config, subjects)
     images, _, table = decoded(config, items)
-    check_skipped(config, items, table)
+    skipped = check_skipped(config, items, table)
     kept, counts = _readable(items, table)
     names = [item.subject if subjects else item.name for item in kept]
     series = [item.series if subjects else item.name for item in kept]
@@ -208,8 +208,8 @@ def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlice
     levels = _levels(series) if subjects else np.full(len(images), np.nan)
     who = f" of {len(set(names.tolist())):,} subjects" if subjects else ""
     say(f"{printable(path)}: {len(images):,} slices{who}{_sizes_of(kept)}")
-    for note in report["notes"]:
-        say(f"  {note}")
+    report["skipped"] = [{"file": printable(n), "reason": why} for n, why in skipped.items()]
+    _say_notes(report)
     return BrainSlices(images, np.arange(len(images)), names, levels)
 
 
@@ -302,6 +302,13 @@ def _describe(data: Data):
     guessed = any(note.startswith("subjects guessed") for note in report["notes"])
     overlap = "no overlap, if subjects are guessed right" if guessed else "no overlap"
     say(f"  {', '.join(parts)}; split {report['split']}, {overlap}")
+    _say_notes(report)
+    if data.stamp:
+        say(f"  {data.stamp}")
+
+
+def _say_notes(report: dict):
+    """Print what else was found: notes, ignored and skipped files."""
     for note in report["notes"]:
         say(f"  {note}")
     if report["ignored"]:
@@ -310,8 +317,6 @@ def _describe(data: Data):
         warn(f"skipped {skipped['file']}: {skipped['reason']}")
     if len(report["skipped"]) > 5:
         warn(f"and {len(report['skipped']) - 5} more files; data_report.json lists all")
-    if data.stamp:
-        say(f"  {data.stamp}")
 
 
 def read_slices(path: str | Path, config: Config) -> np.ndarray:

@@ -687,6 +687,7 @@ def draw_maps(
     def draw(z: Tensor, level: Tensor) -> Tensor:
         z, level = z.to(code_map.used.device), level.to(code_map.used.device)
         u = generator(z, level)                                           # (16, C, h, w)
+        level = level if generator.conditional else torch.full_like(level, math.nan)
         maps = restore(u, z, level) if restore else code_map.decode(u)    # (16, h, w)
         return code_map.crop.paste(maps, code_map.background)             # (16, 64, 64)
 

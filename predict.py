@@ -95,6 +95,7 @@ def parse():
 if __name__ == "__main__":  # a mistyped flag must not wait for the import of torch
     ARGUMENTS = parse()
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -506,6 +507,9 @@ def save_report(folder: Path, data: Data, on: str):
 
 def score_command(arguments):
     config = config_from(arguments)
+    path = Path(arguments.out) if arguments.out else Path(arguments.fake) / "scores.json"
+    check_apart(arguments.real, arguments.fake, arguments.against)
+    files.check_writable(path.parent)
     real, fake = (
         open_slices(Path(folder), config, subjects)
         for folder, subjects in ((arguments.real, True), (arguments.fake, False))
@@ -517,12 +521,20 @@ def score_command(arguments):
             "are they the same people? Then the judge and memorised shares are wrong"
         )
     scores = score_folders(real, fake, unseen, config)
+    messages.say("training slices: REAL_DIR; unseen, test people: --against")
     messages.say(generation_table(scores))
     if not unseen:
         messages.say("left out: trained judge, memorised share; they need --against")
-    path = Path(arguments.out) if arguments.out else Path(arguments.fake) / "scores.json"
     files.write_json(path, scores)
     messages.say(f"scores: {path}")
+
+
+def check_apart(*folders: str | None):
+    """Raise UserError (exit 2) if a folder lies in another one: slices would count twice."""
+    places = [Path(folder).resolve() for folder in folders if folder]
+    for one, other in itertools.permutations(places, 2):
+        if one.is_relative_to(other):
+            raise UserError(Exit.USAGE, f"{one} lies in {other}; give separate folders")
 
 
 COMMANDS = {

@@ -14,7 +14,8 @@ if __name__ == "__main__":  # a mistyped flag must not wait for the import of to
     PARSER = Parser("Train one stage, or all of them. The same command again resumes.")
     PARSER.add_argument(
         "--stage", choices=("all", "vqvae", "codes", "decoder", "dcgan", "denoiser"),
-        default="all", help="each needs the stages before it, in this order [all in turn]",
+        default="all",
+        help="in this order; dcgan and denoiser do not need each other [all in turn]",
     )  # fmt: skip
     add_options(PARSER)
     ARGUMENTS = PARSER.parse_args()

@@ -1,18 +1,20 @@
 """Other ways to draw brains, at equal time and by one scorer.
 
     python benchmarks/compare.py RUN                    # every row that the CSV does not have
-    python benchmarks/compare.py RUN --rows diffusion   # these
+    python benchmarks/compare.py RUN --rows diffusion-50
     python benchmarks/compare.py --table                # the table, from the CSV
 
-RUN is the folder of a finished seed: its data, crop and, for rows over index maps, its VQ-VAE
-are used. Each row is a process of its own that trains for --minutes (without the time of RUN's
-VQ-VAE and decoder, if it uses them) and draws as many slices as the scores compare. Scores are
-those of `predict.py evaluate`, with test people as unseen people. Results are added to
-comparison.csv beside this file, samples to --out. Rivals come from MONAI
-(`pip install -r benchmarks/requirements.txt`).
+RUN is the folder of a finished seed. Its data and crop are used and, by rows over index maps,
+its VQ-VAE. Each row is a process of its own that trains for as long as RUN, or for --minutes.
+Rows over index maps train for that time without the time of RUN's VQ-VAE and decoder. A row
+draws as many slices as the scores compare. Scores are those of `predict.py evaluate`, with test
+people as unseen people. Results are added to comparison.csv beside this file, samples to --out.
+Rivals come from MONAI (`pip install -r benchmarks/requirements.txt`). Their optimizer is Adam;
+--lr multiplies their learning rates.
 """
 
 import argparse
+import copy
 import csv
 import math
 import subprocess
@@ -32,7 +34,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a finished seed")
     parser.add_argument("--rows", metavar="ROW", nargs="+", help="[all]")
-    parser.add_argument("--minutes", type=float, default=12.0, help="of training [12]")
+    parser.add_argument("--minutes", type=float, help="of training [as long as RUN]")
     parser.add_argument("--lr", type=float, default=1.0, help="factor of learning rates [1]")
     parser.add_argument("--out", default="runs/comparison", help="[runs/comparison]")
     parser.add_argument("--table", action="store_true", help="print the table and end")
@@ -50,6 +52,7 @@ from torch import Tensor, nn
 
 import modules
 import predict
+from config import Exit, UserError
 from dataset import PIXELS, Data, open_data
 from modules import generator_of
 from scores.evaluation import KINDS, references, slices_compared
@@ -85,7 +88,7 @@ class Given:
     lr: float
 
     def __post_init__(self):
-        self.levels = torch.from_numpy(np.nan_to_num(self.data.train.levels, nan=0.5))
+        self.levels = torch.from_numpy(self.data.train.levels)
         self.size = tuple(PIXELS * side for side in self.run.code_map.crop.size)
 
     def rows(self, step: int) -> np.ndarray:
@@ -194,9 +197,11 @@ def pixel_gan(scale: int) -> Callable[[Given], Trained]:
                     penalty = modules.gradient_penalty(D, both, levels).mean()
                 loss = loss + config.gamma * config.penalty_every * penalty
             step_of(d, loss)
+            D.requires_grad_(False)
             with given.autocast():
                 score = D(fake, level).float()
             step_of(g, modules.relativistic_loss(score, real_score.detach()))
+            D.requires_grad_(True)
             update_average(average, G, min(5000, 0.05 * step * BATCH), BATCH)
         average.eval()
 
@@ -230,7 +235,7 @@ def autoregressive(given: Given) -> Trained:
 
     def draw(levels: Tensor) -> Tensor:
         torch.manual_seed(given.run.seed)
-        ranks = [prior.draw(part, *code_map.crop.size) for part in levels.split(128)]
+        ranks = [prior.draw(part, *code_map.crop.size) for part in levels.split(BATCH)]
         return given.decoded(code_map.used[torch.cat(ranks)])
 
     return [prior], draw
@@ -248,14 +253,19 @@ def unet(channels: int) -> nn.Module:
 
 
 def level_class(level: Tensor) -> Tensor:
-    return (level * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
+    """Levels (B,) as classes; unknown ones are in the middle."""
+    return (level.nan_to_num(0.5) * LEVEL_BINS).long().clamp(0, LEVEL_BINS - 1)
 
 
-def train_diffusion(given: Given, network, batch: Callable, share: float = 1.0):
-    """Predict the noise (Ho et al. 2020, arXiv:2006.11239). batch: step -> x, level."""
+def train_diffusion(given: Given, network, batch: Callable, share: float = 1.0) -> nn.Module:
+    """The average of a network that predicts the noise (Ho et al. 2020, arXiv:2006.11239).
+
+    batch: step -> x (B, C, h, w) of unit variance, level (B,).
+    """
     from monai.networks.schedulers import DDPMScheduler
 
     scheduler, optimizer = DDPMScheduler(num_train_timesteps=1000), adam(network)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
     for step in given.steps(1e-3, optimizer, share=share):
         x, level = batch(step)
         noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
@@ -263,25 +273,31 @@ def train_diffusion(given: Given, network, batch: Callable, share: float = 1.0):
         with given.autocast():
             found = network(noisy, t, class_labels=level_class(level))
         step_of(optimizer, F.mse_loss(found.float(), noise))
-    network.eval()
+        update_average(average, network, min(5000, 0.1 * step * BATCH), BATCH)
+    return average
 
 
 @torch.no_grad()
-def diffused(network, shape: tuple[int, ...], levels: Tensor, steps: int, seed: int) -> Tensor:
+def diffused(
+    given: Given, network, shape: tuple[int, ...], levels: Tensor, steps: int
+) -> Tensor:
     """Samples (n, *shape) by DDIM (Song et al. 2021, arXiv:2010.02502)."""
     from monai.networks.schedulers import DDIMScheduler
 
     scheduler = DDIMScheduler(num_train_timesteps=1000, clip_sample=False)
     scheduler.set_timesteps(steps)
+    # MONAI's own spacing differs from the stride that its `step` goes: noise would be left.
+    times = range(999, -1, -(1000 // steps))
 
     def some(x: Tensor, level: Tensor) -> Tensor:
-        for t in scheduler.timesteps:
-            times = torch.full((len(x),), int(t))
-            noise = network(x, times, class_labels=level_class(level))
-            x = scheduler.step(noise, int(t), x)[0]
+        for t in times:
+            with given.autocast():
+                every = torch.full((len(x),), t)
+                noise = network(x, every, class_labels=level_class(level))
+            x = scheduler.step(noise.float(), t, x)[0]
         return x
 
-    start = torch.randn((len(levels), *shape), generator=generator_of(seed, 1))
+    start = torch.randn((len(levels), *shape), generator=generator_of(given.run.seed, 1))
     return in_batches(some, start, levels)
 
 
@@ -291,18 +307,18 @@ def map_diffusion(steps: int) -> Callable[[Given], Trained]:
     def row(given: Given) -> Trained:
         code_map = given.run.code_map
         torch.manual_seed(given.run.seed)
-        network = unet(code_map.points.shape[1])
+        scale = 1 / code_map.places(given.maps(0)[0]).std()
 
         def batch(step: int) -> tuple[Tensor, Tensor]:
             maps, level = given.maps(step)
-            return code_map.places(maps), level
+            return scale * code_map.places(maps), level
 
-        train_diffusion(given, network, batch)
-        shape = code_map.points.shape[1], *code_map.crop.size
+        channels = code_map.points.shape[1]
+        network = train_diffusion(given, unet(channels), batch)
 
         def draw(levels: Tensor) -> Tensor:
-            u = diffused(network, shape, levels, steps, given.run.seed)
-            return given.decoded(code_map.decode(u))
+            u = diffused(given, network, (channels, *code_map.crop.size), levels, steps)
+            return given.decoded(code_map.decode(u / scale))
 
         return [network], draw
 
@@ -329,8 +345,8 @@ def latent_diffusion(given: Given) -> Trained:
         with given.autocast():
             output, mean, sd = coder(images)
         mean, sd = mean.float(), sd.float()
-        kl = 0.5 * (mean.square() + sd.square() - sd.square().log() - 1).mean()
-        step_of(optimizer, F.l1_loss(output.float(), images) + 1e-6 * kl)
+        kl = 0.5 * (mean.square() + sd.square() - sd.square().log() - 1).sum((1, 2, 3))
+        step_of(optimizer, F.l1_loss(output.float(), images) + 1e-6 * kl.mean())
     coder.eval()
 
     @torch.no_grad()
@@ -344,13 +360,12 @@ def latent_diffusion(given: Given) -> Trained:
         z, level = latents(step)
         return z * scale, level
 
-    network = unet(3)
-    train_diffusion(given, network, batch, share=0.6)
+    network = train_diffusion(given, unet(3), batch, share=0.6)
 
     @torch.no_grad()
     def draw(levels: Tensor) -> Tensor:
         shape = 3, *given.run.code_map.crop.size
-        z = diffused(network, shape, levels, 50, given.run.seed) / scale
+        z = diffused(given, network, shape, levels, 50) / scale
         return given.pasted(in_batches(coder.decode, z))
 
     return [coder, network], draw
@@ -360,7 +375,7 @@ def tokens_transformer(given: Given) -> Trained:
     """MONAI's VQ-VAE, 16 times smaller, and its transformer over the tokens.
 
     As in MONAI's tutorial, with four halvings instead of two: its transformer keeps no keys,
-    so more tokens would take hours a sample.
+    so more tokens would take minutes a sample.
     """
     from monai.networks.nets import VQVAE, DecoderOnlyTransformer
 
@@ -432,6 +447,9 @@ ROWS = {
 # --- one row ------------------------------------------------------------------------------
 
 
+OURS = ("ours", "ours-no-denoiser")
+
+
 def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
     """Seconds that RUN's stages were trained."""
     paths = [run.folder / f"{stage}_last.pt" for stage in stages if stage in run.trained]
@@ -442,36 +460,46 @@ def one_row(name: str, arguments):
     """Train, draw, score; add a line to the CSV."""
     run = predict.load_run(arguments.run, "cpu")
     data, row = open_data(run.config), ROWS[name]
+    if data.fingerprint != run.fingerprint:
+        raise UserError(Exit.CHECKPOINT, f"{run.folder} was trained on other data")
+    device.set_threads(run.config.threads)
     before = seconds_of(run, "vqvae", "decoder") if row.over_maps else 0.0
-    given = Given(run, data, 60 * arguments.minutes - before, arguments.lr)
+    whole = 60 * arguments.minutes if arguments.minutes else seconds_of(run, *run.trained)
+    if whole <= before:
+        raise UserError(Exit.USAGE, f"--minutes: RUN's VQ-VAE and decoder took {before:.0f} s")
+    given = Given(run, data, whole - before, arguments.lr)
     begun = time.monotonic()
     networks, draw = row.train(given)
     seconds = before + time.monotonic() - begun
-    if name == "ours":
-        seconds = seconds_of(run, *run.trained)
-    elif name == "ours-no-denoiser":
-        seconds = seconds_of(run, *(stage for stage in run.trained if stage != "denoiser"))
+    if name in OURS:
+        stages = [s for s in run.trained if run.denoiser or s != "denoiser"]
+        seconds = seconds_of(run, *stages)
     n = slices_compared(run.config, data)
-    levels = run.noise(n)[1].nan_to_num(0.5)
+    levels = run.noise(n)[1]
     begun = time.monotonic()
     images = draw(levels)
     drawing = time.monotonic() - begun
     effort = {
         "minutes": seconds / 60, "seconds_per_1000": 1000 * drawing / n,
         "parameters_m": sum(p.numel() for k in networks for p in k.parameters()) / 1e6,
-        "memory_mb": device.peak_memory_mb(),
+        "memory_mb": "" if name in OURS else device.peak_memory_mb(),  # it was trained before
     }  # fmt: skip
-    folder = Path(arguments.out) / f"{name}-seed-{run.seed}"
+    folder = Path(arguments.out) / f"{source_of(data, run)}-{name}-seed-{run.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     predict.write_slices(folder, iter([images]))
     scorer = references(run, data)
-    scorer.add("generated", images, levels.numpy())
+    told = levels if run.conditional else torch.full_like(levels, math.nan)
+    scorer.add("generated", images, told.numpy())
     add(run, data, arguments.lr, name, scorer.all(), effort)
+
+
+def source_of(data: Data, run: predict.TrainedRun) -> str:
+    return "embedded" if data.embedded else Path(run.config.data).name
 
 
 def add(run, data: Data, lr: float, name: str, scores: dict, effort: dict):
     """Append a row to the CSV, and the references if this source has none."""
-    source = "embedded" if data.embedded else Path(run.config.data).name
+    source = source_of(data, run)
     known = {(line["row"], line["source"]) for line in read_rows()}
     new = not CSV.exists()
     with open(CSV, "a", newline="", encoding="utf-8") as file:
@@ -510,16 +538,22 @@ def table() -> str:
 def main(arguments):
     if arguments.table:
         return print(table())
+    if unknown := set(arguments.rows or ()) - set(ROWS):
+        raise UserError(Exit.USAGE, f"--rows {min(unknown)}: choose of {', '.join(ROWS)}")
+    if not arguments.run:
+        raise UserError(Exit.USAGE, "give RUN, the folder of a finished seed, or --table")
     if arguments.rows and len(arguments.rows) == 1:
         return one_row(arguments.rows[0], arguments)
     run = predict.load_run(arguments.run, "cpu")
     source = Path(run.config.data).name or "embedded"
-    known = {(r["row"], r["source"], r["seed"]) for r in read_rows()}
+    known = {(r["row"], r["source"], r["seed"], float(r["lr"])) for r in read_rows()}
     for name in arguments.rows or ROWS:
-        if (name, source, str(run.seed)) not in known:
+        if (name, source, str(run.seed), arguments.lr) not in known:
             messages.say(f"{name}: {ROWS[name].label}")
             words = [a for a in sys.argv[1:] if a not in ROWS and a != "--rows"]
-            subprocess.run([sys.executable, __file__, *words, "--rows", name], check=True)
+            done = subprocess.run([sys.executable, __file__, *words, "--rows", name])
+            if done.returncode:
+                messages.warn(f"row {name} failed; the others go on")
     return print(table())
 
 

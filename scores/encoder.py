@@ -76,9 +76,9 @@ def slice_encoder(data: Data, cache: Path) -> SliceEncoder:
     try:
         values = checkpoints.load_checkpoint(path, **expected)
         return checkpoints.load_weights(encoder, values.get("encoder"), path).eval()
-    except UserError as problem:
+    except UserError:
         if path.exists():
-            messages.warn(f"{problem}; training it again")
+            messages.warn(f"the encoder {path} cannot be used; training it again")
     train_encoder(encoder, data.train)
     device.release_memory()
     cache.mkdir(parents=True, exist_ok=True)

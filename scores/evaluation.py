@@ -23,7 +23,7 @@ from support import device
 PART = 128  # slices in memory at a time
 JUDGED = 2048  # training slices that the judge learns
 NEAREST = 128  # samples whose nearest test slices are searched
-LEAST = 12  # slices in a set: precision and recall need 5 neighbours
+LEAST = 12  # slices in a set: a judge learns half, and recall needs 5 neighbours
 
 
 def parts_of(
@@ -141,15 +141,19 @@ class Scorer:
 
     def add(self, name: str, images: Tensor, levels: np.ndarray):
         """Describe a set of slices (n, 1, 256, 256). levels (n,): NaN if unknown."""
+        spaces = {k: f(images).numpy() for k, f in self.spaces.items() if k != "learned"}
+        level_seen = None
+        if self.encoder:
+            learned = self.encoder.features(images).numpy()
+            spaces["learned"], level_seen = learned[:, :-1], learned[:, -1]
         found = Described(
             levels=np.asarray(levels),
-            spaces={space: f(images).numpy() for space, f in self.spaces.items()},
+            spaces=spaces,
+            level_seen=level_seen,
             areas=metrics.tissue_areas(images, self.thresholds),
             judged=judge.prepared(images, self.crop),
             spectrum=metrics.radial_spectrum(images),
         )
-        if self.encoder:
-            found.level_seen = self.encoder.features(images)[:, -1].numpy()
         if name in KINDS:
             found.pairs = metrics.ms_ssim_of_pairs(images)
         if name != "train":
@@ -224,7 +228,7 @@ class Scorer:
     def judge_auc(self) -> dict[str, dict[str, float]]:
         """AUC of trained judges on unseen people, by the set of these people.
 
-        Each judge learns reference slices that are in no other set.
+        Each judge learns reference slices that are not in "real".
         """
         rows = np.setdiff1d(np.arange(len(self.source)), self.rows["real"])
         rows = np.random.default_rng(2).permutation(rows)[:JUDGED]
@@ -246,11 +250,20 @@ class Scorer:
         """Distance of tissue areas from reference slices, divided by that of two halves of
         people.
 
-        Empty if all reference slices are of one subject.
+        At equal slice levels, if all are known. Empty if all reference slices are of one
+        subject.
         """
-        levels, subjects = self.source.levels, self.source.subjects
+        subjects = self.source.subjects
         if len(people := np.unique(subjects)) < 2:
             return {}
+        known = [self.source.levels, *(s.levels for s in self.sets.values())]
+        unknown = not all(np.isfinite(levels).all() for levels in known)
+
+        def distance(a, b, levels, others) -> float:
+            pair = (np.full(len(x), math.nan) if unknown else x for x in (levels, others))
+            return metrics.area_distance(a, b, *pair)
+
+        levels = self.source.levels
         areas = in_parts(
             lambda x: torch.from_numpy(metrics.tissue_areas(x, self.thresholds)), self.source
         ).numpy()
@@ -259,13 +272,12 @@ class Scorer:
             order = draw.permutation(people)
             first = np.isin(subjects, order[: len(order) // 2])
             a, b = (draw.permutation(np.flatnonzero(s))[: self.n] for s in (first, ~first))
-            halves.append(metrics.area_distance(areas[a], areas[b], levels[a], levels[b]))
+            halves.append(distance(areas[a], areas[b], levels[a], levels[b]))
         train, unit = self.sets["train"], float(np.mean(halves))
-
-        def distance(s: Described) -> float:
-            return metrics.area_distance(s.areas, train.areas, s.levels, train.levels) / unit
-
-        return self.each(distance, unseen=True)
+        return self.each(
+            lambda s: distance(s.areas, train.areas, s.levels, train.levels) / unit,
+            unseen=True,
+        )
 
     def spectrum(self) -> dict[str, float]:
         """Mean difference of power spectra from reference slices, up to their noise floor."""
@@ -390,8 +402,8 @@ def score_folders(
 ) -> dict:
     """Every score of the slices `fake` beside `real` ones, by `Scorer.all`.
 
-    n is the number of fakes, or half of the real slices if these are fewer. unseen: slices of
-    other people; without them, scores that need them are left out.
+    n is `samples`, or the number of fakes, of unseen slices, or half of the real ones if that
+    is less. unseen: slices of other people; without them, scores that need them are left out.
     Raises UserError (exit 3) if there are too few slices.
     """
     sizes = [len(fake), len(real) // 2] + ([len(unseen)] if unseen else [])
@@ -401,7 +413,7 @@ def score_folders(
             Exit.DATA,
             f"too few slices: {len(real)} real, {len(fake)} generated"
             + (f", {len(unseen)} of unseen people" if unseen else "")
-            + f"; needed are {2 * LEAST}, {LEAST} and {LEAST}",
+            + f"; needed are {2 * LEAST}, {LEAST} and {LEAST}, and --samples {LEAST}",
         )
     heads = np.maximum(real.brightest(), fake.brightest())
     scorer = Scorer(real, n, Crop.around_heads(heads))

@@ -186,7 +186,7 @@ class Denoiser(nn.Module):
 
 
 class NoisyBlock(nn.Module):
-    """A residual block conditioned on the strength of noise. At its start, the identity.
+    """A residual block conditioned on noise and slice level. At its start, the identity.
 
     Each cell is normalised over its channels (Ba et al. 2016, arXiv:1607.06450). Statistics
     over a map would differ between whole maps and training crops, which hold less background.
@@ -366,7 +366,7 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     draw = generator_of(stage.run.seed, DENOISE)
     noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)
     sigma = sigmas(torch.linspace(0, 1, len(rows)))
-    level = torch.from_numpy(validation.levels[rows])
+    level = real.told(validation.levels[rows])
     corner = torch.tensor(code_map.crop[:2]).expand(len(rows), 2)
 
     def losses(*inputs: Tensor) -> Tensor:

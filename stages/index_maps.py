@@ -4,6 +4,8 @@ In: `vqvae_best.pt`, `codes.npy`, `codes.pt` of a run's folder. Out: `RealMaps`.
 belong together (exit 4).
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,8 +45,13 @@ class RealMaps:
             self.counts = values["counts"]["train"]  # (K,)
         maps = files.mapped(run.path("codes.npy")).view(np.int16)  # a type of torch
         self.maps = Feed(maps, run.device)
-        self.levels = torch.from_numpy(run.data.train.levels)
+        self.levels = self.told(run.data.train.levels)
         self.link = {"codes": checkpoints.checksum(path)}  # for later checkpoints
+
+    def told(self, levels: np.ndarray) -> Tensor:
+        """Slice levels (n,) as networks get them: NaN, unknown, in the original recipe."""
+        levels = torch.from_numpy(levels)
+        return torch.full_like(levels, math.nan) if self.run.config.original else levels
 
     def real_maps(self, rows: np.ndarray) -> Tensor:
         """Index maps (n, 64, 64) int64 of these slices, on the run's device."""

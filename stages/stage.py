@@ -390,6 +390,13 @@ def update_average(
 
 
 def likeness(images: Tensor, outputs: Tensor) -> dict[str, float]:
-    """Mean scores of reconstructions, for the log."""
-    ssim, psnr = metrics.ssim(images, outputs), metrics.psnr(images, outputs)
-    return {"ssim_validation": ssim.mean().item(), "psnr_validation": psnr.mean().item()}
+    """Mean scores of reconstructions, for the log.
+
+    One process computes them for all: other machines may round, and then choose, differently.
+    """
+
+    def scores() -> dict[str, float]:
+        ssim, psnr = metrics.ssim(images, outputs), metrics.psnr(images, outputs)
+        return {"ssim_validation": ssim.mean().item(), "psnr_validation": psnr.mean().item()}
+
+    return distributed.first(scores)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import Config, Exit, UserError
 from support import distributed
-from support.checkpoints import OTHER_VERSION, differing, reading
+from support.checkpoints import FORMAT, OTHER_VERSION, differing, reading
 from support.files import (
     cannot_write,
     check_writable,
@@ -109,7 +109,8 @@ def results_folder(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
             raise cannot_write(folder, problem) from None
-        write_json(folder / "config.json", {**mine, "seed": first, "preset": config.preset})
+        about = {"seed": first, "preset": config.preset, "format": FORMAT}
+        write_json(folder / "config.json", mine | about)
     if seed_given:
         first = config.seed
     elif not (config.out or runs_given):
@@ -183,8 +184,9 @@ def _unless_another(folder: Path, mine: dict) -> dict:
             f"{folder} is the folder of one seed; give the results folder, {folder.parent}",
         )
     settings = found.get("config")
-    same_fields = isinstance(settings, dict) and settings.keys() == mine["config"].keys()
-    if not same_fields or not isinstance(found.get("seed"), int):
+    same = isinstance(settings, dict) and settings.keys() == mine["config"].keys()
+    same = same and found.get("format") == FORMAT and isinstance(found.get("seed"), int)
+    if not same:
         raise UserError(Exit.CHECKPOINT, f"{folder / 'config.json'}: {OTHER_VERSION}")
     wrong = [
         f"{k} is {differing(found.get(k), v)}" for k, v in mine.items() if found.get(k) != v

@@ -53,8 +53,12 @@ def test_scores_that_need_unseen_people_are_left_out_with_the_reason(slices, fak
 
 def test_the_same_people_on_both_sides_are_warned_of(slices, fakes, tmp_path):
     real = slices / "keras_png_slices_train"
-    done = score(tmp_path, real, fakes, "--against", real)
+    again = tmp_path / "again"
+    shutil.copytree(real, again)
+    done = score(tmp_path, real, fakes, "--against", again)
     assert "24 subjects, such as case_001" in done.stderr
+    nested = score(tmp_path, slices, real)
+    assert nested.returncode == 2 and "separate folders" in nested.stderr
 
 
 def test_too_few_slices_are_an_error_and_other_sizes_are_told(slices, tmp_path):
