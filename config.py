@@ -9,6 +9,8 @@ import enum
 import math
 from dataclasses import asdict, dataclass, field, fields
 
+VERSION = "1.0"  # in --version and in every config.json; CHANGELOG.md says what changed
+
 
 class Exit(enum.IntEnum):
     """Exit codes of every script."""

@@ -15,7 +15,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from config import Config, Exit, UserError
+from config import VERSION, Config, Exit, UserError
 from scores import evaluation, figures
 from support import checkpoints, files
 
@@ -49,6 +49,7 @@ def export(run, folder: Path):
     here = Config()  # paths of this machine are private
     config = replace(run.config, data=here.data, out=here.out, cache=here.cache, seed=run.seed)
     values = {"config": config.to_dict(), "data": run.fingerprint, "stamp": run.stamp}
+    values["version"] = VERSION
     values["checksum"] = checkpoints.checksum(folder / WEIGHTS)
     files.write_json(folder / "config.json", values)
 

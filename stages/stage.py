@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from config import SEEN, Config, Exit, UserError
+from config import SEEN, VERSION, Config, Exit, UserError
 from dataset import Data
 from modules import generator_of
 from scores import metrics
@@ -72,7 +72,7 @@ def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
     if threads < (os.cpu_count() or 1) and run.device.type == "cpu":
         messages.say(f"threads: {threads}")
     here["threads"] = threads
-    settings = {"config": config.to_dict() | here, "data": data.fingerprint}
+    settings = {"config": config.to_dict() | here, "data": data.fingerprint, "version": VERSION}
     if distributed.is_first():
         files.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
         files.write_json(folder / "data_report.json", data.report)

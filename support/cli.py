@@ -8,7 +8,7 @@ import argparse
 import sys
 from dataclasses import fields, replace
 
-from config import PRESETS, Config, Exit, check_field
+from config import PRESETS, VERSION, Config, Exit, check_field
 
 FIELDS = {f.name: f for f in fields(Config)}
 BY_SET = {name: f for name, f in FIELDS.items() if not f.metadata["flag"]}
@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
             ),
             **keywords,
         )
+        self.add_argument("--version", action="version", version=VERSION)
 
     def error(self, message):
         print(f"error: {message}; see --help", file=sys.stderr)
