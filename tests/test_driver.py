@@ -117,11 +117,12 @@ def test_other_settings_or_data_in_out_are_exit_4_with_the_differences(here):
     assert Path("mine/config.json").read_bytes() == before
 
 
-def test_a_folder_of_another_version_is_refused(here):
+@pytest.mark.parametrize("old", [{"config": {"an_old_field": 1}}, {"format": 2}])
+def test_a_folder_of_another_version_is_refused(here, old):
     config = replace(QUICK, out="mine")
     runs.results_folder(config, "data")
     values = files.read_json(Path("mine/config.json"))
-    values["config"]["an_old_field"] = 1
+    values |= {"config": values["config"] | old["config"]} if "config" in old else old
     files.write_json(Path("mine/config.json"), values)
     for refuse in (runs.check_out, lambda config: runs.results_folder(config, "data")):
         with pytest.raises(UserError, match=r"another version.*another --out") as problem:

@@ -149,3 +149,15 @@ def test_a_split_is_measured_part_by_part_in_order(monkeypatch):
     assert max(sizes) == evaluation.PART and sum(sizes) == 300
     some = np.array([5, 2, 250])
     assert torch.equal(evaluation.in_parts(measure, split, some), found[some])
+
+
+def test_areas_are_compared_alike_if_the_levels_of_one_set_are_unknown(data):
+    scorer = evaluation.Scorer(data.train, 96, Crop())
+    images = data.train.batch(scorer.rows["real"])
+    scorer.add("generated", images, np.full(96, np.nan))
+    unknown = scorer.morphometry()
+    scorer.add("generated", images, data.train.levels[scorer.rows["real"]])
+    known = scorer.morphometry()
+    for found in (unknown, known):
+        assert found["generated"] == pytest.approx(found["real"])
+    assert unknown["real"] != pytest.approx(known["real"])
