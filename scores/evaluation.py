@@ -36,8 +36,18 @@ def parts_of(
 
 
 def in_parts(measure, split: BrainSlices, indices=None) -> Tensor:
-    """`measure` as one tensor: slices need not fit into memory, features must."""
-    return torch.cat(list(parts_of(measure, split, indices)))
+    """`measure` as one tensor: slices need not fit into memory, features must.
+
+    Results go into one array at once. Small ones that stay would lie between the large blocks
+    that are freed, and the heap would grow by gigabytes.
+    """
+    n, start, found = len(split) if indices is None else len(indices), 0, None
+    for part in parts_of(measure, split, indices):
+        if found is None:
+            found = part.new_empty(n, *part.shape[1:])
+        found[start : start + len(part)] = part
+        start += len(part)
+    return found
 
 
 # --- reconstruction -----------------------------------------------------------------------

@@ -54,12 +54,14 @@ class Judge(nn.Module):
 
 def prepared(images: Tensor, crop: Crop) -> Tensor:
     """Crop, code as JPEG, halve: (N,1,256,256) in [0,1] -> uint8 (N,1,h,w)."""
-    halves = []
-    for image in crop.cut(images, PIXELS)[:, 0].mul(255).round().to(torch.uint8).numpy():
+    pixels = crop.cut(images, PIXELS).mul(255).round().to(torch.uint8)
+    size = (side // 2 for side in pixels.shape[2:])
+    halves = torch.empty(len(pixels), 1, *size, dtype=torch.uint8)
+    for image, half in zip(pixels[:, 0].numpy(), halves, strict=True):
         coded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
         decoded = torch.from_numpy(cv2.imdecode(coded, cv2.IMREAD_GRAYSCALE))
-        halves.append(F.avg_pool2d(decoded[None].float(), 2).round().to(torch.uint8))
-    return torch.stack(halves)
+        half[:] = F.avg_pool2d(decoded[None].float(), 2).round()
+    return halves
 
 
 def judged(
