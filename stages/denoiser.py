@@ -32,6 +32,7 @@ from support import device, distributed
 from support.muon import Muon
 
 GRAIN = 1001  # purpose number of `generator_of`: `grain_of`
+PLACE_FEATURES = 12  # P: cosine and sine in three octaves, of rows and of columns
 
 # --- network ------------------------------------------------------------------------------
 
@@ -206,9 +207,6 @@ class NoisyBlock(nn.Module):
         y = self.first(F.silu(x)).permute(0, 2, 3, 1)  # (B, h, w, width)
         y = F.layer_norm(y, y.shape[-1:]).permute(0, 3, 1, 2) * (1 + gain) + shift
         return x + self.last(F.silu(y))
-
-
-PLACE_FEATURES = 12
 
 
 def place_features(corner: Tensor, h: int, w: int) -> Tensor:

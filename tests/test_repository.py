@@ -165,7 +165,7 @@ def test_importing_does_nothing(tmp_path):
 CONSTANTS = {
     "WEIGHTS", "ORDER", "CROP", "REVIVE", "NOISE", "JITTER", "START", "MONITOR", "DENOISE",
     "SHARPEN", "SAMPLE", "GRAIN", "MAP", "PIXELS", "STEP", "LEAST", "LEVEL_FEATURES",
-    "DRAW_BATCH", "CHECKPOINT_EVERY_S", "MIN_SLICES",
+    "PLACE_FEATURES", "DRAW_BATCH", "CHECKPOINT_EVERY_S", "MIN_SLICES",
 }  # fmt: skip
 
 

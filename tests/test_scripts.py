@@ -289,6 +289,9 @@ def test_the_predict_commands_of_the_pages_run_as_they_stand(words, finished, sl
             words[at] = "scans"
         elif word == "RUN" or (at == 2 and word.startswith("runs/")):
             words[at] = str(where / "out")
+        elif word.endswith("_DIR"):
+            part = {"REAL_DIR": "train", "FAKE_DIR": "test"}[word]
+            words[at] = str(slices / f"keras_png_slices_{part}")
     if "--out" not in words:
         words = [*words, "--out", "new"]
     if "--n" in words:
