@@ -402,7 +402,9 @@ def tissue_thresholds(x: Tensor) -> tuple[float, float]:
     They maximise the variance between three classes of the pixels inside the heads.
     """
     check_images(x)
-    counts = torch.histc(x[:, 0][brain_mask(x)], 256, 0, 1).double().numpy()    # (256,)
+    parts = x.split(MICRO_BATCH)
+    histograms = [torch.histc(p[:, 0][brain_mask(p)], 256, 0, 1).double() for p in parts]
+    counts = torch.stack(histograms).sum(0).numpy()                             # (256,)
     weight = np.concatenate([[0], np.cumsum(counts)])                           # (257,)
     moment = np.concatenate([[0], np.cumsum(counts * np.arange(256))])
 
@@ -421,10 +423,15 @@ def tissue_thresholds(x: Tensor) -> tuple[float, float]:
 def tissue_areas(x: Tensor, thresholds: tuple[float, float]) -> np.ndarray:
     """Pixels of CSF, grey and white matter inside the head of each slice: (N,3)."""
     check_images(x)
-    inside, grey, (low, high) = brain_mask(x), x[:, 0], thresholds
-    dark, bright = grey < low, grey >= high
-    tissues = dark & inside, ~dark & ~bright & inside, bright & inside
-    return torch.stack([tissue.flatten(1).sum(1) for tissue in tissues], 1).numpy()
+    low, high = thresholds
+
+    def areas(x: Tensor) -> Tensor:
+        inside, grey = brain_mask(x), x[:, 0]                                   # (B,H,W)
+        dark, bright = grey < low, grey >= high
+        tissues = dark & inside, ~dark & ~bright & inside, bright & inside
+        return torch.stack([tissue.flatten(1).sum(1) for tissue in tissues], 1)  # (B,3)
+
+    return in_micro_batches(areas, x).numpy()
 
 
 def area_distance(areas, other, levels, other_levels, bins: int = 8) -> float:
