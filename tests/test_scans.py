@@ -89,6 +89,9 @@ def test_visits_are_sessions_and_a_visit_in_two_folders_is_one(tmp_path):
     names = [dated % (year, i, i) for year, i in ((1, 1), (1, 2), (2, 3))]
     items, report = sources.find(touched(tmp_path / "b", names, range(10, 14)), Config())
     assert len(items) == 8 and report["ignored"] == {"repeated scans of a session": 4}
+    names = [f"{place}/P00{{0}}_v{k}/brain.nii" for place, k in (("a", 1), ("a", 2), ("b", 1))]
+    items, report = sources.find(touched(tmp_path / "c", names), Config())
+    assert len(items) == 8 and report["ignored"] == {"repeated scans of a session": 4}
 
 
 def test_what_the_subjects_were_read_from_is_said(tmp_path, capsys):
@@ -300,7 +303,7 @@ def test_a_gpu_without_kernels_is_not_used(monkeypatch, capsys):
 
 
 def test_a_notebooks_backend_of_matplotlib_is_not_needed(tmp_path):
-    backend = "module://matplotlib_inline.backend_that_is_missing"
+    backend = "module://matplotlib_inline.backend_inline"
     code = "from scores import figures; import matplotlib; assert matplotlib.get_backend()"
     (tmp_path / "a.py").write_text(
         f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); {code}"
