@@ -171,12 +171,7 @@ def _open_embedded(config: Config) -> Data:
 
 def _open_folder(config: Config) -> Data:
     items, report = find(Path(config.data), config)
-    images, fingerprint, table = decoded(config, items)
-    skipped = check_skipped(config, items, table)
-    report["skipped"] = [{"file": printable(n), "reason": why} for n, why in skipped.items()]
-    kept, counts = _readable(items, table)
-    if labels := len(items) - len(kept) - len(skipped):
-        report["ignored"]["label maps"] = labels
+    images, fingerprint, kept, counts = _decoded(config, items, report)
     report["split"], notes = assign_parts(kept, config)
     report["notes"] += notes
     _check_pixels(images)
@@ -185,10 +180,19 @@ def _open_folder(config: Config) -> Data:
     return _data(config, images, fingerprint, *rows, report)
 
 
-def _readable(items: list[Item], table: list) -> tuple[list[Item], list[int]]:
-    """The items that were decoded, and the number of slices of each."""
-    found = [(i, n) for i, n in zip(items, table, strict=True) if not isinstance(n, str)]
-    return [item for item, _ in found], [n for _, n in found]
+def _decoded(config: Config, items: list[Item], report: dict):
+    """Decode the items; return images, fingerprint, the items that can be read, their slices.
+
+    The others are added to the report.
+    """
+    images, fingerprint, table = decoded(config, items)
+    skipped = check_skipped(config, items, table)
+    report["skipped"] = [{"file": printable(n), "reason": why} for n, why in skipped.items()]
+    kept = [i for i, row in zip(items, table, strict=True) if not isinstance(row, str)]
+    counts = [row for row in table if not isinstance(row, str)]
+    if labels := len(items) - len(kept) - len(skipped):
+        report["ignored"]["label maps"] = labels
+    return images, fingerprint, kept, counts
 
 
 def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlices:
@@ -199,16 +203,13 @@ def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlice
     """
     config = replace(config, data=str(path))
     items, report = find(path, config, subjects)
-    images, _, table = decoded(config, items)
-    skipped = check_skipped(config, items, table)
-    kept, counts = _readable(items, table)
+    images, _, kept, counts = _decoded(config, items, report)
     names = [item.subject if subjects else item.name for item in kept]
     series = [item.series if subjects else item.name for item in kept]
     names, series = np.repeat(names, counts), np.repeat(series, counts)
     levels = _levels(series) if subjects else np.full(len(images), np.nan)
     who = f" of {len(set(names.tolist())):,} subjects" if subjects else ""
     say(f"{printable(path)}: {len(images):,} slices{who}{_sizes_of(kept)}")
-    report["skipped"] = [{"file": printable(n), "reason": why} for n, why in skipped.items()]
     _say_notes(report)
     return BrainSlices(images, np.arange(len(images)), names, levels)
 

@@ -257,8 +257,7 @@ class Scorer:
         return {f"judge_auc_{name}": values for name, values in aucs.items()}
 
     def morphometry(self) -> dict[str, float]:
-        """Distance of tissue areas from reference slices, divided by that of two halves of
-        people.
+        """Distance of tissue areas from reference slices, divided by that of halves of people.
 
         At equal slice levels, if all are known. Empty if all reference slices are of one
         subject.

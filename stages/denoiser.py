@@ -160,10 +160,8 @@ class Denoiser(nn.Module):
         sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
         before, back = None, 0.0  # D in the step before, and that step's length in log sigma
         for now, then in pairwise(sigmas):
-            clean, step = (
-                self(x, x.new_full((len(x),), now), level, place),
-                math.log(now / then),
-            )
+            clean = self(x, x.new_full((len(x),), now), level, place)
+            step = math.log(now / then)
             change = 0 if before is None else (clean - before) / back
             ahead = clean + change * (step / (1 - then / now) - 1)
             x = ahead + (x - ahead) * (then / now)
