@@ -1,14 +1,16 @@
 """Other ways to draw brains, at equal time and by one scorer.
 
     python benchmarks/compare.py RUN                    # every row that the CSV does not have
-    python benchmarks/compare.py RUN --rows diffusion-50
+    python benchmarks/compare.py RUN --rows diffusion
     python benchmarks/compare.py --table                # the table, from the CSV
+    python benchmarks/compare.py RUN --figure F.png     # eight samples of every row, from --out
 
 RUN is the folder of a finished seed. Its data and crop are used and, by rows over index maps,
 its VQ-VAE. Each row is a process of its own that trains for as long as RUN, or for --minutes.
-Rows over index maps train for that time without the time of RUN's VQ-VAE and decoder. A row
-draws as many slices as the scores compare. Scores are those of `predict.py evaluate`, with test
-people as unseen people. Results are added to comparison.csv beside this file, samples to --out.
+Rows over index maps train for that time without the time of RUN's VQ-VAE and decoder. Some rows
+draw in several ways from one training. Each way draws as many slices as the scores compare.
+Scores are those of `predict.py evaluate`, with test people as unseen people. Results are added
+to comparison.csv beside this file, samples to --out.
 Rivals come from MONAI (`pip install -r benchmarks/requirements.txt`). Their optimizer is Adam;
 --lr multiplies their learning rates.
 """
@@ -21,7 +23,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -38,24 +41,28 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1.0, help="factor of learning rates [1]")
     parser.add_argument("--out", default="runs/comparison", help="[runs/comparison]")
     parser.add_argument("--table", action="store_true", help="print the table and end")
+    parser.add_argument("--figure", metavar="F", help="draw eight samples of every row and end")
     return parser.parse_args()
 
 
 if __name__ == "__main__":  # --help must not wait for the import of torch
     ARGUMENTS = parse()
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from pixelcnn import PixelCNN
 from torch import Tensor, nn
 
 import modules
 import predict
-from config import Exit, UserError
+from config import Config, Exit, UserError
 from dataset import PIXELS, Data, open_data
 from modules import generator_of
-from scores.evaluation import KINDS, references, slices_compared
+from scores.evaluation import KINDS, references
 from stages.stage import ORDER, order_of, update_average
 from support import checkpoints, device, endings, files, messages
 from support.muon import make_optimizer
@@ -149,21 +156,26 @@ def in_batches(draw: Callable, *inputs: Tensor) -> Tensor:
     return torch.cat([draw(*part) for part in parts])
 
 
-# --- rows: each trains and returns its networks, and a function (levels) -> slices -----------
+# --- rows: each trains, and returns its networks and a function (levels) -> slices by way -----
 
-Trained = tuple[list[nn.Module], Callable[[Tensor], Tensor]]
+Trained = dict[str, tuple[list[nn.Module], Callable[[Tensor], Tensor]]]
 
 
 def this_project(given: Given) -> Trained:
-    """RUN itself."""
+    """RUN itself, and without its refinements."""
     run = given.run
-    networks = [run.vqvae, run.generator] + [run.denoiser] * (run.denoiser is not None)
-    return networks, lambda levels: run.draw(run.noise(len(levels))[0], levels)[1]
+    vqvae, path = modules.make_vqvae(run.config), run.folder / "vqvae_best.pt"
+    checkpoints.load_weights(vqvae, checkpoints.load_checkpoint(path)["model"], path).eval()
 
+    def way(run: predict.TrainedRun):
+        networks = [n for n in (run.vqvae, run.generator, run.denoiser) if n is not None]
+        return networks, lambda levels: run.draw(run.noise(len(levels))[0], levels)[1]
 
-def without_denoiser(given: Given) -> Trained:
-    given.run.denoiser = None
-    return this_project(given)
+    return {
+        "ours": way(run),
+        "ours-no-denoiser": way(replace(run, denoiser=None)),
+        "ours-no-decoder": way(replace(run, vqvae=vqvae)),
+    }
 
 
 def pixel_gan(scale: int) -> Callable[[Given], Trained]:
@@ -214,7 +226,7 @@ def pixel_gan(scale: int) -> Callable[[Given], Trained]:
             )
             return given.pasted(large)
 
-        return [average], draw
+        return {f"pixels-{256 // scale}": ([average], draw)}
 
     return row
 
@@ -238,7 +250,7 @@ def autoregressive(given: Given) -> Trained:
         ranks = [prior.draw(part, *code_map.crop.size) for part in levels.split(BATCH)]
         return given.decoded(code_map.used[torch.cat(ranks)])
 
-    return [prior], draw
+    return {"autoregressive": ([prior], draw)}
 
 
 def unet(channels: int) -> nn.Module:
@@ -301,28 +313,24 @@ def diffused(
     return in_batches(some, start, levels)
 
 
-def map_diffusion(steps: int) -> Callable[[Given], Trained]:
+def map_diffusion(given: Given) -> Trained:
     """Diffusion over the coordinates of RUN's index maps; a cell becomes the nearest code."""
+    code_map = given.run.code_map
+    torch.manual_seed(given.run.seed)
+    scale = 1 / code_map.places(given.maps(0)[0]).std()
 
-    def row(given: Given) -> Trained:
-        code_map = given.run.code_map
-        torch.manual_seed(given.run.seed)
-        scale = 1 / code_map.places(given.maps(0)[0]).std()
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        maps, level = given.maps(step)
+        return scale * code_map.places(maps), level
 
-        def batch(step: int) -> tuple[Tensor, Tensor]:
-            maps, level = given.maps(step)
-            return scale * code_map.places(maps), level
+    channels = code_map.points.shape[1]
+    network = train_diffusion(given, unet(channels), batch)
 
-        channels = code_map.points.shape[1]
-        network = train_diffusion(given, unet(channels), batch)
+    def draw(levels: Tensor, steps: int) -> Tensor:
+        u = diffused(given, network, (channels, *code_map.crop.size), levels, steps)
+        return given.decoded(code_map.decode(u / scale))
 
-        def draw(levels: Tensor) -> Tensor:
-            u = diffused(given, network, (channels, *code_map.crop.size), levels, steps)
-            return given.decoded(code_map.decode(u / scale))
-
-        return [network], draw
-
-    return row
+    return {f"diffusion-{n}": ([network], partial(draw, steps=n)) for n in (10, 50)}
 
 
 def latent_diffusion(given: Given) -> Trained:
@@ -368,7 +376,7 @@ def latent_diffusion(given: Given) -> Trained:
         z = diffused(given, network, shape, levels, 50) / scale
         return given.pasted(in_batches(coder.decode, z))
 
-    return [coder, network], draw
+    return {"latent-diffusion": ([coder, network], draw)}
 
 
 def tokens_transformer(given: Given) -> Trained:
@@ -421,33 +429,45 @@ def tokens_transformer(given: Given) -> Trained:
 
         return given.pasted(in_batches(some, levels))
 
-    return [model, prior], draw
+    return {"transformer": ([model, prior], draw)}
 
 
 @dataclass(frozen=True)
 class Row:
-    label: str
     train: Callable[[Given], Trained]
+    labels: dict[str, str]  # by way
     over_maps: bool = False  # uses RUN's VQ-VAE and decoder, whose time counts
 
 
-ROWS = {
-    "ours": Row("this project", this_project, True),
-    "ours-no-denoiser": Row("... without its denoiser", without_denoiser, True),
-    "diffusion-50": Row("diffusion over the same maps, DDIM 50", map_diffusion(50), True),
-    "diffusion-10": Row("diffusion over the same maps, DDIM 10", map_diffusion(10), True),
-    "autoregressive": Row("PixelCNN over the same maps", autoregressive, True),
-    "latent-diffusion": Row("latent diffusion (MONAI), DDIM 50", latent_diffusion),
-    "transformer": Row("VQ-VAE, transformer over 16x smaller maps (MONAI)", tokens_transformer),
-    "pixels-64": Row("DCGAN of pixels, a quarter of the size, enlarged", pixel_gan(4)),
-    "pixels-256": Row("DCGAN of pixels, full size", pixel_gan(1)),
+OURS = {
+    "ours": "this project", "ours-no-denoiser": "... without its denoiser",
+    "ours-no-decoder": "... without its sharper decoder",
 }  # fmt: skip
+ROWS = {
+    "ours": Row(this_project, OURS, True),
+    "diffusion": Row(
+        map_diffusion,
+        {f"diffusion-{n}": f"diffusion over the same maps, DDIM {n}" for n in (10, 50)},
+        True,
+    ),
+    "autoregressive": Row(
+        autoregressive, {"autoregressive": "PixelCNN over the same maps"}, True
+    ),
+    "latent-diffusion": Row(
+        latent_diffusion, {"latent-diffusion": "latent diffusion (MONAI), DDIM 50"}
+    ),
+    "transformer": Row(
+        tokens_transformer, {"transformer": "VQ-VAE, transformer over 16x smaller maps (MONAI)"}
+    ),
+    "pixels-64": Row(
+        pixel_gan(4), {"pixels-64": "DCGAN of pixels, a quarter of the size, enlarged"}
+    ),
+    "pixels-256": Row(pixel_gan(1), {"pixels-256": "DCGAN of pixels, full size"}),
+}
+LABELS = {way: label for row in ROWS.values() for way, label in row.labels.items()}
 
 
 # --- one row ------------------------------------------------------------------------------
-
-
-OURS = ("ours", "ours-no-denoiser")
 
 
 def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
@@ -457,11 +477,9 @@ def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
 
 
 def one_row(name: str, arguments):
-    """Train, draw, score; add a line to the CSV."""
+    """Train, draw, score; add a line to the CSV for each way to draw."""
     run = predict.load_run(arguments.run, "cpu")
     data, row = open_data(run.config), ROWS[name]
-    if data.fingerprint != run.fingerprint:
-        raise UserError(Exit.CHECKPOINT, f"{run.folder} was trained on other data")
     device.set_threads(run.config.threads)
     before = seconds_of(run, "vqvae", "decoder") if row.over_maps else 0.0
     whole = 60 * arguments.minutes if arguments.minutes else seconds_of(run, *run.trained)
@@ -469,37 +487,40 @@ def one_row(name: str, arguments):
         raise UserError(Exit.USAGE, f"--minutes: RUN's VQ-VAE and decoder took {before:.0f} s")
     given = Given(run, data, whole - before, arguments.lr)
     begun = time.monotonic()
-    networks, draw = row.train(given)
+    ways = row.train(given)
     seconds = before + time.monotonic() - begun
-    if name in OURS:
-        stages = [s for s in run.trained if run.denoiser or s != "denoiser"]
-        seconds = seconds_of(run, *stages)
-    n = slices_compared(run.config, data)
-    levels = run.noise(n)[1]
-    begun = time.monotonic()
-    images = draw(levels)
-    drawing = time.monotonic() - begun
-    effort = {
-        "minutes": seconds / 60, "seconds_per_1000": 1000 * drawing / n,
-        "parameters_m": sum(p.numel() for k in networks for p in k.parameters()) / 1e6,
-        "memory_mb": "" if name in OURS else device.peak_memory_mb(),  # it was trained before
-    }  # fmt: skip
-    folder = Path(arguments.out) / f"{source_of(data, run)}-{name}-seed-{run.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    predict.write_slices(folder, iter([images]))
+    memory = device.peak_memory_mb()
     scorer = references(run, data)
+    levels = run.noise(scorer.n)[1]
     told = levels if run.conditional else torch.full_like(levels, math.nan)
-    scorer.add("generated", images, told.numpy())
-    add(run, data, arguments.lr, name, scorer.all(), effort)
+    for way, (networks, draw) in ways.items():
+        if way in OURS:
+            left_out = way.removeprefix("ours-no-")
+            seconds = seconds_of(run, *(s for s in run.trained if s != left_out))
+        begun = time.monotonic()
+        images = draw(levels)
+        drawing = time.monotonic() - begun
+        effort = {
+            "minutes": seconds / 60, "seconds_per_1000": 1000 * drawing / scorer.n,
+            "parameters_m": sum(p.numel() for k in networks for p in k.parameters()) / 1e6,
+            "memory_mb": "" if way in OURS else memory,  # RUN was trained before
+        }  # fmt: skip
+        predict.write_slices(folder_of(run, way, arguments.out), iter([images]))
+        scorer.add("generated", images, told.numpy())
+        add(run, arguments.lr, way, scorer.all(), effort)
 
 
-def source_of(data: Data, run: predict.TrainedRun) -> str:
-    return "embedded" if data.embedded else Path(run.config.data).name
+def folder_of(run: predict.TrainedRun, way: str, out: str) -> Path:
+    return Path(out) / f"{source_of(run.config)}-{way}-seed-{run.seed}"
 
 
-def add(run, data: Data, lr: float, name: str, scores: dict, effort: dict):
+def source_of(config: Config) -> str:
+    return Path(config.data).name or "embedded"
+
+
+def add(run, lr: float, name: str, scores: dict, effort: dict):
     """Append a row to the CSV, and the references if this source has none."""
-    source = source_of(data, run)
+    source = source_of(run.config)
     known = {(line["row"], line["source"]) for line in read_rows()}
     new = not CSV.exists()
     with open(CSV, "a", newline="", encoding="utf-8") as file:
@@ -529,10 +550,32 @@ def table() -> str:
     lines = ["| way | data | seed | " + " | ".join(columns.values()) + " |"]
     lines.append("| --- " * (3 + len(columns)) + "|")
     for row in read_rows():
-        label = ROWS[row["row"]].label if row["row"] in ROWS else row["row"]
+        label = LABELS.get(row["row"], row["row"])
         cells = [row[name] or "-" for name in columns]
         lines.append("| " + " | ".join([label, row["source"], row["seed"], *cells]) + " |")
     return "\n".join(lines)
+
+
+def figure(run: predict.TrainedRun, out: str) -> Figure:
+    """Samples 0 to 7 of every row that was drawn for RUN's data and seed, at half size."""
+    found = {
+        label: folder
+        for way, label in LABELS.items()
+        if (folder := folder_of(run, way, out)).exists()
+    }
+    fig = Figure((8 * 1.28, len(found) * 1.48), dpi=100, facecolor="white")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(len(found), 1, squeeze=False)[:, 0]
+    fig.subplots_adjust(
+        left=0, right=1, bottom=0, top=1 - 0.2 / len(found) / 1.48, hspace=0.156
+    )
+    for ax, (label, folder) in zip(axes, found.items(), strict=True):
+        images = [cv2.imread(f"{folder}/{i:05d}.png", cv2.IMREAD_GRAYSCALE) for i in range(8)]
+        small = cv2.resize(np.hstack(images), (1024, 128), interpolation=cv2.INTER_AREA)
+        ax.imshow(small, "gray", vmin=0, vmax=255, aspect="auto")
+        ax.set_title(label, fontsize=9, loc="left", pad=3)
+        ax.set_axis_off()
+    return fig
 
 
 def main(arguments):
@@ -545,11 +588,14 @@ def main(arguments):
     if arguments.rows and len(arguments.rows) == 1:
         return one_row(arguments.rows[0], arguments)
     run = predict.load_run(arguments.run, "cpu")
-    source = Path(run.config.data).name or "embedded"
+    if arguments.figure:
+        return figure(run, arguments.out).savefig(arguments.figure)
+    source = source_of(run.config)
     known = {(r["row"], r["source"], r["seed"], float(r["lr"])) for r in read_rows()}
     for name in arguments.rows or ROWS:
-        if (name, source, str(run.seed), arguments.lr) not in known:
-            messages.say(f"{name}: {ROWS[name].label}")
+        wanted = {(way, source, str(run.seed), arguments.lr) for way in ROWS[name].labels}
+        if wanted - known:
+            messages.say(", ".join(ROWS[name].labels.values()))
             words = [a for a in sys.argv[1:] if a not in ROWS and a != "--rows"]
             done = subprocess.run([sys.executable, __file__, *words, "--rows", name])
             if done.returncode:

@@ -342,7 +342,14 @@ def slices_compared(config: Config, data: Data) -> int:
 
 
 def references(run, data: Data) -> Scorer:
-    """The sets that samples of a run are compared with; `add` brings the samples."""
+    """The sets that samples of a run are compared with; `add` brings the samples.
+
+    Raises UserError (exit 4) if the run was trained on other data.
+    """
+    if data.fingerprint != run.fingerprint:
+        raise UserError(
+            Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
+        )
     n, encoder = slices_compared(run.config, data), slice_encoder(data, Path(run.config.cache))
     scorer = Scorer(data.train, n, run.code_map.crop, encoder)
     real = scorer.rows["real"]
@@ -358,12 +365,8 @@ def references(run, data: Data) -> Scorer:
 
 def evaluate(run, data: Data) -> tuple[dict, Scorer]:
     """Every score of a run as plain values (docs/quality.md), and the sets behind them."""
-    if data.fingerprint != run.fingerprint:
-        raise UserError(
-            Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
-        )
-    reconstruction, codebook = score_reconstruction(run, data.test)
     scorer = references(run, data)
+    reconstruction, codebook = score_reconstruction(run, data.test)
     images = run.sample(scorer.n)[1]
     levels = run.noise(scorer.n)[1].numpy()
     if not run.conditional:

@@ -30,21 +30,45 @@ def test_the_prior_does_not_depend_on_later_cells():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ours", "ours-no-denoiser", "autoregressive", "pixels-64"])
+@pytest.mark.parametrize("name", ["ours", "autoregressive", "pixels-64"])
 def test_rows_are_trained_scored_and_added(name, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
-    monkeypatch.setattr(compare, "seconds_of", lambda run, *stages: 0.5)
+    monkeypatch.setattr(compare, "seconds_of", lambda run, *stages: len(stages) / 10)
     monkeypatch.chdir(finished[0])
     given = argparse.Namespace(run="out/seed-0", minutes=0.05, lr=1.0, out=tmp_path / "out")
     compare.one_row(name, given)
     compare.one_row(name, given)
-    rows = compare.read_rows()
-    assert [row["row"] for row in rows] == [name, "(reconstruction)", "(real)", name]
-    left_out = {"memory_mb"} if name in compare.OURS else set()  # trained in another process
-    for row in (rows[0], rows[-1]):
+    ways, rows = list(compare.ROWS[name].labels), compare.read_rows()
+    assert [row["row"] for row in rows] == [
+        ways[0],
+        "(reconstruction)",
+        "(real)",
+        *ways[1:],
+        *ways,
+    ]
+    left_out = {"memory_mb"} if name == "ours" else set()  # trained in another process
+    drawn = [row for row in rows if row["row"] in ways]
+    for row in drawn:
         cells = {key: row[key] for key in (*compare.EFFORT, *compare.SCORES)}
         assert {key for key, cell in cells.items() if cell == ""} == left_out
         assert all(float(cell) >= 0 for cell in cells.values() if cell), row
-    assert float(rows[0]["parameters_m"]) > 0 and rows[0]["source"] == rows[1]["source"]
-    assert len(list((tmp_path / "out").glob("*/0*.png"))) == 8
-    assert compare.table().count("\n") == 5 and compare.ROWS[name].label in compare.table()
+        assert float(row["parameters_m"]) > 0 and row["source"] == rows[1]["source"]
+    assert len(list((tmp_path / "out").glob("*/0*.png"))) == 8 * len(ways)
+    table = compare.table()
+    assert table.count("\n") == 3 + 2 * len(ways)
+    assert all(compare.LABELS[way] in table for way in ways)
+
+
+def test_the_ways_of_this_project_leave_out_a_network_each(finished, monkeypatch):
+    monkeypatch.chdir(finished[0])
+    run = compare.predict.load_run("out/seed-0", "cpu")
+    given = argparse.Namespace(run=run)
+    ways, level = compare.this_project(given), torch.tensor([0.5])
+    drawn = {way: draw(level) for way, (_, draw) in ways.items()}
+    assert torch.equal(drawn["ours"], run.sample(1, level=0.5)[1])
+    assert all(not torch.equal(drawn["ours"], drawn[way]) for way in list(ways)[1:])
+    size = {
+        way: sum(p.numel() for n in networks for p in n.parameters())
+        for way, (networks, _) in ways.items()
+    }
+    assert size["ours"] > max(size["ours-no-denoiser"], size["ours-no-decoder"])
