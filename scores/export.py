@@ -147,8 +147,8 @@ Source: {source}; split {split}; {skipped} files skipped.
 
 ## Memorisation
 
-{share} of the samples are nearer to a training slice than 95 % of unseen people's slices are
-({encoder} by an encoder's features). Chance is 5 %; copies of training slices are at {copies}.
+{share} of the samples are nearer to a training slice than 99 % of unseen people's slices are.
+Chance is 1 %; copies of training slices are at {copies}.
 
 ## Licence
 
@@ -161,9 +161,8 @@ def model_card(run) -> str:
     result = files.read_json(run.folder / "metrics.json")
     data = files.read_json(run.folder.resolve().parent / "data_report.json")
     g, r, c = (result[part] for part in ("generation", "reconstruction", "codebook"))
-    near, learned = g["memorised_share"], g["learned_memorised_share"]
-    numbers = near["generated"], learned["generated"], near["planted_copies"]
-    share, encoder, copies = (f"{100 * number:.1f} %" for number in numbers)
+    near = g["memorised_share"]
+    share, copies = (f"{100 * near[k]:.1f} %" for k in ("generated", "planted_copies"))
     counts = [(p, data["subjects"][p], data["slices"][p]) for p in data["subjects"]]
     generation = [
         (evaluation.LABELS[name], *cells) for name, cells in evaluation.generation_rows(g)
@@ -182,7 +181,7 @@ def model_card(run) -> str:
         codes=c["codes"], preset=run.config.preset, seed=run.seed, made_up=made_up,
         source=data["source"], split=data["split"], skipped=len(data["skipped"]),
         counts=rows(counts), n=g["n"], n_test=r["n"], generation=rows(generation),
-        reconstruction=rows(reconstruction), share=share, encoder=encoder, copies=copies,
+        reconstruction=rows(reconstruction), share=share, copies=copies,
         licence=PRIVATE_LICENCE if run.stamp else EMBEDDED_LICENCE,
     )  # fmt: skip
 

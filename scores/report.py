@@ -215,7 +215,7 @@ def overlap(scorer: Scorer, result: dict, stamp: str):
 
 def memorisation(scorer: Scorer, stamp: str):
     """Histograms of the distance to the nearest training slice."""
-    unseen, drawn = (scorer.sets[name].near["texture"] for name in ("test", "generated"))
+    unseen, drawn = (scorer.sets[name].near for name in ("test", "generated"))
     shown = {"unseen people": unseen, "generated": drawn}
     return figures.memorisation(shown, metrics.copy_distance(unseen), stamp)
 

@@ -81,9 +81,8 @@ def test_fresh_slices_of_new_people_score_as_real_ones(score):
     for name in ("fd_train", "learned_fd_train", "fine_fd_train"):
         assert g[name]["generated"] < 2 * g[name]["real"] + 1, name
     assert g["fd_train"]["reconstruction"] > 3 * g["fd_train"]["real"]  # blur is seen
-    assert g["memorised_share"]["generated"] < 0.2
+    assert g["memorised_share"]["generated"] < 0.1
     assert g["memorised_share"]["planted_copies"] == 1
-    assert g["learned_memorised_share"]["planted_copies"] == 1
     assert g["c2st_auc"]["generated"] < 0.7 < g["c2st_auc"]["reconstruction"]
     assert g["level_error"]["generated"] < 0.2 and g["level_error"]["unseen_people"] < 0.2
     judged, areas = g["judge_auc_test"], g["morphometry"]
@@ -93,13 +92,6 @@ def test_fresh_slices_of_new_people_score_as_real_ones(score):
     assert 0 < result["reconstruction"]["ssim"]["mean"] < 1
     text = evaluation.table(result)
     assert all(label in text for label in evaluation.LABELS.values())
-
-
-@pytest.mark.slow
-def test_copies_of_training_slices_are_flagged_in_both_spaces(score, data):
-    g = score(data.images[: 12 * LEVELS])["generation"]
-    assert g["memorised_share"]["generated"] == 1
-    assert g["learned_memorised_share"]["generated"] == 1
 
 
 def test_an_encoder_is_not_shared_by_another_split(data, tmp_path):

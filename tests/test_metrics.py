@@ -515,7 +515,7 @@ def test_planted_copies_are_flagged_and_new_slices_are_not():
     }
     assert near["new"][0] == pytest.approx(np.linalg.norm(train - new[0], axis=1).min())
     assert metrics.memorised_share(near["copies"], near["held out"]) == 1
-    assert metrics.memorised_share(near["new"], near["held out"]) < 0.12
+    assert metrics.memorised_share(near["new"], near["held out"]) < 0.05
     half = np.concatenate([near["copies"][:100], near["new"][:100]])
     assert 0.5 <= metrics.memorised_share(half, near["held out"]) < 0.57
 

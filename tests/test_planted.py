@@ -1,0 +1,123 @@
+"""Defects planted into slices: scores see them beyond what chance does to a score."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from config import Config
+from dataset import BrainSlices, Crop, open_data
+from scores.evaluation import Scorer
+
+N = 256  # slices in a set
+DRAWS = 10  # random divisions of the subjects
+
+
+def some(split: BrainSlices, subjects: np.ndarray) -> BrainSlices:
+    rows = np.flatnonzero(np.isin(split.subjects, subjects))
+    return BrainSlices(split.images, split.rows[rows], split.subjects[rows], split.levels[rows])
+
+
+def drawn(split: BrainSlices, seed: int) -> tuple[Tensor, np.ndarray]:
+    rows = np.random.default_rng(seed).permutation(len(split))[:N]
+    return split.batch(rows), split.levels[rows]
+
+
+def scorer_of(split: BrainSlices, seed: int) -> tuple[Scorer, Tensor, np.ndarray]:
+    """Half of the subjects are the reference; a quarter each is unseen and "generated"."""
+    subjects = np.random.default_rng(seed).permutation(np.unique(split.subjects))
+    reference, fake, unseen = np.split(subjects, [len(subjects) // 2, 3 * len(subjects) // 4])
+    scorer = Scorer(some(split, reference), N, Crop.around_heads(split.brightest()))
+    scorer.add("test", *drawn(some(split, unseen), 1))
+    return scorer, *drawn(some(split, fake), 2)
+
+
+def scores(scorer: Scorer, images: Tensor, levels: np.ndarray) -> dict[str, float]:
+    scorer.add("generated", images, levels)
+    found = scorer.all()
+    return {name: v["generated"] for name, v in found.items() if name != "n"}
+
+
+def near_copies(images: Tensor) -> Tensor:
+    """Turned by 2 degrees, moved by a pixel, coded as JPEG."""
+    cos, sin = math.cos(math.radians(2)), math.sin(math.radians(2))
+    way = torch.tensor([[cos, -sin, 1 / 128], [sin, cos, 0]]).expand(len(images), 2, 3)
+    moved = F.grid_sample(images, F.affine_grid(way, images.shape, align_corners=False))
+    pixels = (255 * moved[:, 0]).round().numpy().astype(np.uint8)
+    coded = [cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, 75])[1] for x in pixels]
+    read = np.stack([cv2.imdecode(x, cv2.IMREAD_GRAYSCALE) for x in coded])
+    return torch.from_numpy(read)[:, None].float() / 255
+
+
+def with_copies(images: Tensor, levels: np.ndarray, reference: BrainSlices):
+    k = N // 20
+    copied, their_levels = drawn(reference, 7)
+    images = torch.cat([near_copies(copied[:k]), images[k:]])
+    return images, np.concatenate([their_levels[:k], levels[k:]])
+
+
+def blurred(images: Tensor, levels: np.ndarray, reference: BrainSlices):
+    return gaussian_blur(images, 9, 1.0), levels
+
+
+def grainy(images: Tensor, levels: np.ndarray, reference: BrainSlices):
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return (images + 0.03 * noise * (images > 0)).clamp(0, 1), levels
+
+
+def mirrored(images: Tensor, levels: np.ndarray, reference: BrainSlices):
+    """The left half, on both sides."""
+    left = images[..., :128]
+    return torch.cat([left, left.flip(3)], 3), levels
+
+
+def without_middle(images: Tensor, levels: np.ndarray, reference: BrainSlices):
+    kept = np.flatnonzero((levels < 0.4) | (levels > 0.6))
+    kept = np.resize(kept, N)
+    return images[kept], levels[kept]
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory) -> BrainSlices:
+    config = Config(subjects=(60, 4, 4), cache=str(tmp_path_factory.mktemp("cache")))
+    return open_data(config).train
+
+
+@pytest.fixture(scope="module")
+def by_chance(subjects):
+    """Name of a score -> its range over random divisions of the subjects."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scorer, "judge_auc", lambda self: {})  # a minute each
+        found = [scores(*scorer_of(subjects, seed)) for seed in range(DRAWS)]
+        yield {
+            name: (min(row[name] for row in found), max(row[name] for row in found))
+            for name in found[0]
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "defect, seen_by",
+    [
+        (blurred, ("fd_train", "fine_fd_train", "recall", "spectrum_db")),
+        (grainy, ("fine_fd_train",)),
+        (with_copies, ("memorised_share",)),
+        (mirrored, ("fd_train", "kid_train", "coverage")),
+        (without_middle, ("fd_train", "coverage")),
+    ],
+)
+def test_a_defect_is_outside_the_range_of_chance(defect, seen_by, subjects, by_chance):
+    """By more than the width of this range: of many scores, one is outside by chance."""
+    scorer, images, levels = scorer_of(subjects, DRAWS)
+    found = scores(scorer, *defect(images, levels, scorer.source))
+    for name in seen_by:
+        low, high = by_chance[name]
+        away = max(low - found[name], found[name] - high)
+        assert away > high - low, (
+            f"{name}: {found[name]:.3f}, by chance {low:.3f} to {high:.3f}"
+        )
