@@ -64,7 +64,9 @@ def parse():
         drawing.add_argument(
             "--seed", type=whole, default=0, help="sample s of seed S is always the same [0]"
         )
-        drawing.add_argument("--out", default="", help=f"folder [{folder}/ in the run's]")
+        drawing.add_argument(
+            "--out", default="", help=f"[{folder}/ in the run's folder; of an export, in runs/]"
+        )
     generate.add_argument(
         "--level", type=level_or_sweep, metavar="LEVEL",
         help="slice level, 0 lowest to 1 highest; sweep: --n levels of one subject "
@@ -75,7 +77,7 @@ def parse():
     )
     walk.add_argument("--level", type=level, help="slice level, 0 to 1 [that of sample 0]")
     reconstruct.add_argument("--data", required=True, help="file or folder to encode")
-    reconstruct.add_argument("--out", default="", help="folder [reconstructed/ in the run's]")
+    reconstruct.add_argument("--out", default="", help="[reconstructed/ in the run's folder]")
     add_options(reconstruct, ("slices", "axis"))
     as_trained = {"data": "as trained", "cache": "as trained", "samples": "as trained"}
     add_options(evaluate, ("data", "cache", "samples"), **as_trained)
@@ -360,9 +362,16 @@ def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):
     messages.say(f"strip.png and walk.gif in {folder}")
 
 
-def place_for(arguments, parent: Path, name: str) -> Path:
-    """--out, or a new folder: pictures of two commands do not mix."""
-    return Path(arguments.out) if arguments.out else runs.new_folder(parent, name)
+def place_for(arguments, run: TrainedRun, name: str) -> Path:
+    """--out, or a new folder in the run's (of an export: in runs/), so that none are mixed."""
+    if arguments.out:
+        return Path(arguments.out)
+    parent = Path("runs", run.folder.resolve().name) if is_export(run) else run.folder
+    return runs.new_folder(parent, name)
+
+
+def is_export(run: TrainedRun) -> bool:
+    return (run.folder / export.WEIGHTS).exists()
 
 
 def generate_command(run: TrainedRun, arguments):
@@ -372,7 +381,7 @@ def generate_command(run: TrainedRun, arguments):
         if arguments.level != "sweep":
             raise UserError(Exit.USAGE, "--volume stacks a --level sweep: give both")
         check_n(arguments.n, 2)
-    folder, n = place_for(arguments, run.folder, "generated"), arguments.n
+    folder, n = place_for(arguments, run, "generated"), arguments.n
     if arguments.level != "sweep":
         parts = (
             run.sample(min(256, n - start), arguments.seed, start, arguments.level)[1]
@@ -392,7 +401,7 @@ def generate_command(run: TrainedRun, arguments):
 def interpolate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 2)
     check_level(run, arguments.level)
-    folder = place_for(arguments, run.folder, "interpolated")
+    folder = place_for(arguments, run, "interpolated")
     steps, images = run.walk(arguments.n, arguments.seed, arguments.level)
     write_slices(folder, iter([images]))
     write_strip(folder, images, [f"{v:.2f}" for v in steps.tolist()], run.stamp)
@@ -423,7 +432,7 @@ def reconstruct_command(run: TrainedRun, arguments):
             scores.append(metrics.ssim(images, outputs))
             yield outputs
 
-    folder = place_for(arguments, run.folder, "reconstructed")
+    folder = place_for(arguments, run, "reconstructed")
     write_slices(folder, parts())
     similarity = torch.cat(scores)
     messages.say(f"SSIM {similarity.mean():.4f} (sd {similarity.std(correction=0):.4f})")
@@ -443,7 +452,7 @@ def export_command(run: TrainedRun, arguments):
 
 
 def check_own(run: TrainedRun):
-    if (run.folder / export.WEIGHTS).exists():
+    if is_export(run):
         raise UserError(
             Exit.USAGE, f"{run.folder} is an export, without scores and logs; give the folder "
             "of the run that it was made from",

@@ -70,6 +70,7 @@ from support.muon import make_optimizer
 CSV = HERE / "comparison.csv"
 SCORES = {
     "judge_auc_test": "judge's AUC", "fd_train": "relative FD", "fine_fd_train": "fine FD",
+    "layout_fd_train": "layout FD",
     "precision": "precision", "recall": "recall", "coverage": "coverage",
     "ms_ssim_of_pairs": "MS-SSIM of pairs", "memorised_share": "memorised share",
 }  # fmt: skip

@@ -7,8 +7,7 @@ says what is compared with what.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from config import Config, Exit, UserError
 from dataset import BrainSlices, Crop, Data
 from scores import judge, metrics
-from scores.encoder import SliceEncoder, slice_encoder
 from support import device
 
 PART = 128  # slices in memory at a time
@@ -116,9 +114,9 @@ class Described:
     areas: np.ndarray  # (n, 3) pixels of CSF, grey and white matter
     judged: Tensor  # (n, 1, h, w) uint8, prepared for the judge
     spectrum: Tensor  # (R,) dB
-    level_seen: np.ndarray | None = None  # (n,) slice levels by the encoder
+    near: np.ndarray  # (n,) distances of `layout` to the nearest reference slice
+    level_seen: np.ndarray  # (n,) slice level of that reference slice
     pairs: float = math.nan  # mean MS-SSIM of random pairs
-    near: np.ndarray | None = None  # (n,) distances of `layout` to the nearest reference slice
 
 
 class Scorer:
@@ -128,18 +126,16 @@ class Scorer:
     random draws of them. `add` brings the other sets: "generated", "reconstruction" (of
     "real"), and "validation" and "test" (unseen people).
     Spaces of features: "texture", of random convolutions; "fine", the same of the slice minus
-    its 5x5 mean; with an encoder "learned", which captures layout.
+    its 5x5 mean; "layout", means over 16x16 pixels.
     A score is a dict, kind -> number: "generated" is the result, the others are references.
     """
 
-    def __init__(
-        self, source: BrainSlices, n: int, crop: Crop, encoder: SliceEncoder | None = None
-    ):
-        self.source, self.n, self.crop, self.encoder = source, n, crop, encoder
+    def __init__(self, source: BrainSlices, n: int, crop: Crop):
+        self.source, self.n, self.crop = source, n, crop
         network = metrics.RandomFeatures()
-        self.spaces = {"texture": network.features, "fine": network.fine_features}
-        if encoder:
-            self.spaces["learned"] = lambda x: encoder.features(x)[:, :-1]
+        self.spaces = {
+            "texture": network.features, "fine": network.fine_features, "layout": layout,
+        }  # fmt: skip
         order = np.random.default_rng(0).permutation(len(source))
         self.rows = {"train": order[:n], "real": order[n : 2 * n]}
         # The units of relative FD: mean distance of random draws of n reference slices.
@@ -156,24 +152,19 @@ class Scorer:
 
     def add(self, name: str, images: Tensor, levels: np.ndarray):
         """Describe a set of slices (n, 1, 256, 256). levels (n,): NaN if unknown."""
-        spaces = {k: f(images).numpy() for k, f in self.spaces.items() if k != "learned"}
-        level_seen = None
-        if self.encoder:
-            learned = self.encoder.features(images).numpy()
-            spaces["learned"], level_seen = learned[:, :-1], learned[:, -1]
-        found = Described(
+        spaces = {space: f(images).numpy() for space, f in self.spaces.items()}
+        near, rows = metrics.nearest_features(spaces["layout"], self.bank)
+        self.sets[name] = found = Described(
             levels=np.asarray(levels),
             spaces=spaces,
-            level_seen=level_seen,
+            near=near,
+            level_seen=self.source.levels[rows],
             areas=metrics.tissue_areas(images, self.thresholds),
             judged=judge.prepared(images, self.crop),
             spectrum=metrics.radial_spectrum(images),
         )
         if name in KINDS:
             found.pairs = metrics.ms_ssim_of_pairs(images)
-        if name != "train":
-            found.near = metrics.distance_to_nearest(layout(images), self.bank)
-        self.sets[name] = found
 
     def each(
         self, measure: Callable[[Described], float], unseen: bool = False
@@ -297,18 +288,22 @@ class Scorer:
         return self.each(lambda s: metrics.spectrum_difference(train, s.spectrum, end))
 
     def level_error(self) -> dict[str, float]:
-        """Mean error of the predicted slice level, over slices of known level."""
+        """Mean difference between a slice's level and that of the nearest reference slice.
+
+        Over slices for which both are known.
+        """
 
         def error(found: Described) -> float:
-            known = np.isfinite(found.levels)
-            errors = np.abs(found.level_seen - found.levels)[known]
-            return errors.mean() if known.any() else math.nan
+            errors = np.abs(found.level_seen - found.levels)
+            known = np.isfinite(errors)
+            return errors[known].mean() if known.any() else math.nan
 
-        return {k: v for k, v in self.each(error, unseen=True).items() if not math.isnan(v)}
+        found = self.each(error, unseen=True)
+        return {k: v for k, v in found.items() if k != "real" and not math.isnan(v)}
 
     def all(self) -> dict:
         """Every score that these sets allow."""
-        prefixes = {"texture": "", "learned": "learned_", "fine": "fine_"}
+        prefixes = {"texture": "", "layout": "layout_", "fine": "fine_"}
         train, result = self.sets["train"].spaces["texture"], {"n": self.n}
         for space in self.spaces:
             prefix, targets = prefixes[space], ("train", *(UNSEEN if space != "fine" else ()))
@@ -328,8 +323,7 @@ class Scorer:
         result["morphometry"] = self.morphometry()
         result["spectrum_db"] = self.spectrum()
         result["ms_ssim_of_pairs"] = self.each(lambda s: s.pairs)
-        if self.encoder:
-            result["level_error"] = self.level_error()
+        result["level_error"] = self.level_error()
         return {name: values for name, values in result.items() if values != {}}
 
 
@@ -350,8 +344,8 @@ def references(run, data: Data) -> Scorer:
         raise UserError(
             Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
         )
-    n, encoder = slices_compared(run.config, data), slice_encoder(data, Path(run.config.cache))
-    scorer = Scorer(data.train, n, run.code_map.crop, encoder)
+    n = slices_compared(run.config, data)
+    scorer = Scorer(data.train, n, run.code_map.crop)
     real = scorer.rows["real"]
     outputs = run.reconstruct(data.train.batch(real))[1]
     scorer.add("reconstruction", outputs, data.train.levels[real])
@@ -451,17 +445,17 @@ LABELS = {
     "fd_train": "relative FD to training slices",
     "fd_validation": "relative FD to validation slices",
     "fd_test": "relative FD to test slices",
-    "learned_fd_train": "relative FD to training slices, encoder",
-    "learned_fd_validation": "relative FD to validation slices, encoder",
-    "learned_fd_test": "relative FD to test slices, encoder",
+    "layout_fd_train": "relative FD to training slices, layout",
+    "layout_fd_validation": "relative FD to validation slices, layout",
+    "layout_fd_test": "relative FD to test slices, layout",
     "fine_fd_train": "fine-scale relative FD to training slices",
     "fine_fd_reconstruction": "fine-scale relative FD to reconstructions",
     "precision": "precision, k = 5",
     "recall": "recall, k = 5",
     "coverage": "coverage, k = 5",
-    "learned_precision": "precision, k = 5, encoder",
-    "learned_recall": "recall, k = 5, encoder",
-    "learned_coverage": "coverage, k = 5, encoder",
+    "layout_precision": "precision, k = 5, layout",
+    "layout_recall": "recall, k = 5, layout",
+    "layout_coverage": "coverage, k = 5, layout",
     "kid_train": "KID to training slices",
     "judge_auc_test": "trained judge's AUC, test people",
     "judge_auc_validation": "trained judge's AUC, validation people",
@@ -473,7 +467,7 @@ LABELS = {
     "memorised_share": "memorised share (0.01 is chance)",
     "ssim_to_nearest_test_slice": "SSIM to nearest test slice",
 }
-# How to read each score. "learned_..." is read like the same score without that prefix.
+# How to read each score. "layout_..." is read like the same score without that prefix.
 READING = {
     "ssim": "1 is the original. Two unrelated brains reach 0.70, so small differences count.",
     "ssim_in_brain": "Without the black background, which is easy to draw.",

@@ -178,7 +178,9 @@ def memorisation(distances: dict[str, Array], limit: float, stamp: str = "") -> 
     """Histograms of distances (N,) to the nearest training slice; limit: the dashed line."""
     fig = _figure(8, 4.6, stamp, layout="constrained")
     ax = fig.subplots()
-    _style(ax, "Distance to the nearest training slice", "Euclidean distance of 16x16 thumbnails")
+    _style(
+        ax, "Distance to the nearest training slice", "Euclidean distance of 16x16 thumbnails"
+    )
     ax.set_ylabel("share of slices", color=INK)
     bins = np.histogram_bin_edges(np.concatenate([*distances.values()]), 60)
     for (name, values), colour in zip(distances.items(), COLOURS, strict=False):

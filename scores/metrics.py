@@ -359,11 +359,15 @@ def c2st_auc(real, fake, groups_real, groups_fake=None, seed: int = 0) -> float:
     return float(np.mean(scores)) if scores else math.nan
 
 
-def distance_to_nearest(x, bank) -> np.ndarray:
-    """Euclidean distance (N,) of each feature vector of (N,F) to the nearest of (M,F)."""
-    x, bank = as_features(x), as_features(bank, "bank")
-    parts = np.array_split(bank, math.ceil(len(bank) / 1024))
-    return np.min([_distances(x, part).min(1) for part in parts], 0)
+def nearest_features(x, bank) -> tuple[np.ndarray, np.ndarray]:
+    """Distance (N,) of each vector of (N,F) to the nearest of (M,F), and its index (N,)."""
+    x, parts = as_features(x), as_features(bank, "bank")
+    parts = np.array_split(parts, math.ceil(len(parts) / 1024))
+    found = [(d.min(1), d.argmin(1)) for d in (_distances(x, part) for part in parts)]
+    least, index = (np.stack(column, 1) for column in zip(*found, strict=True))  # (N,parts)
+    starts = np.cumsum([0, *map(len, parts[:-1])])
+    best, rows = least.argmin(1), np.arange(len(x))
+    return least[rows, best], (starts + index)[rows, best]
 
 
 def memorised_share(near, near_held_out) -> float:

@@ -88,8 +88,8 @@ def scores_of(run) -> dict:
 
 def reading(name: str) -> str:
     """How to read a score: one sentence."""
-    if name.startswith("learned_"):
-        return "By an encoder's features, which capture layout."
+    if name.startswith("layout_"):
+        return "The same on means over 16x16 pixels: shape and place, no texture."
     return evaluation.READING[name]
 
 

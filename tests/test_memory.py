@@ -25,15 +25,13 @@ OPTIONS = [
     "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2",
     "--decoder-kimg", "0.2", "--denoiser-kimg", "0.2", "--samples", "64",
 ]  # fmt: skip
-# The driver, with an encoder for scores that is trained on 640 slices instead of 24,000. Freed
-# memory goes back to the kernel at once: holes in the heap differ from run to run.
+# The driver. Freed memory goes back to the kernel at once: holes in the heap differ from run to
+# run.
 DRIVER = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from scores import evaluation
 from support import endings
 endings.tame_malloc = lambda: None
-evaluation.SliceEncoder.IMAGES = 640
 runpy.run_path({str(ROOT / "driver.py")!r}, run_name="__main__")
 """
 

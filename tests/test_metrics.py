@@ -385,7 +385,7 @@ def test_feature_measures_of_a_set_itself_swapped_and_under_growing_noise(seed, 
     assert metrics.kid(a, a) < 0 < metrics.kid(a, a + 1)  # unbiased: below 0 for a copy
     there, back = metrics.prdc(a, b), metrics.prdc(b, a)
     assert (there["precision"], there["recall"]) == (back["recall"], back["precision"])
-    assert (metrics.distance_to_nearest(a, a) == 0).all()
+    assert (metrics.nearest_features(a, a)[0] == 0).all()
     # One set moved ever further by the same noise.
     worse = [b + step * noise for step in (0, 2, 8)]
     first, second, third = (metrics.frechet_distance(a, x) for x in worse)
@@ -394,13 +394,13 @@ def test_feature_measures_of_a_set_itself_swapped_and_under_growing_noise(seed, 
     assert first < second < third
     first, second, third = (metrics.prdc(a, x)["precision"] for x in worse)
     assert first >= second >= third and first > third
-    first, second, third = (metrics.distance_to_nearest(x, a).mean() for x in worse)
+    first, second, third = (metrics.nearest_features(x, a)[0].mean() for x in worse)
     assert first < second < third
     shifted = [metrics.c2st_auc(a, b + step, groups) for step in (0, 1, 4)]
     assert shifted[0] < shifted[1] < shifted[2] <= 1
-    near = metrics.distance_to_nearest(b, a)
+    near, _ = metrics.nearest_features(b, a)
     copies = [
-        metrics.memorised_share(metrics.distance_to_nearest(a + step * noise, a), near)
+        metrics.memorised_share(metrics.nearest_features(a + step * noise, a)[0], near)
         for step in (0, 1e-3, 0.3, 3)
     ]
     assert copies == sorted(copies, reverse=True) and copies[0] == 1 and copies[-1] < 0.2
@@ -510,7 +510,7 @@ def test_planted_copies_are_flagged_and_new_slices_are_not():
     train, held_out, new = normal(500, 6), normal(200, 6, 1), normal(200, 6, 2)
     copies = train[:200] + 1e-3 * normal(200, 6, 3)
     near = {
-        name: metrics.distance_to_nearest(x, train)
+        name: metrics.nearest_features(x, train)[0]
         for name, x in (("copies", copies), ("held out", held_out), ("new", new))
     }
     assert near["new"][0] == pytest.approx(np.linalg.norm(train - new[0], axis=1).min())
@@ -523,15 +523,15 @@ def test_planted_copies_are_flagged_and_new_slices_are_not():
 # --- sets of images -----------------------------------------------------------------------
 
 
-def test_distance_to_nearest_looks_at_every_part_of_a_mapped_bank(tmp_path):
+def test_the_nearest_features_are_searched_in_every_part_of_a_mapped_bank(tmp_path):
     draw = np.random.default_rng(0)
     bank = draw.normal(size=(9000, 3)).astype(np.float32)
     np.save(tmp_path / "bank.npy", bank)
     x = np.concatenate([bank[[0, 4500, 8999]], draw.normal(size=(5, 3)).astype(np.float32)])
-    found = metrics.distance_to_nearest(x, np.load(tmp_path / "bank.npy", mmap_mode="r"))
-    wanted = np.linalg.norm(x[:, None].astype(float) - bank[None], axis=2).min(1)
-    np.testing.assert_allclose(found, wanted, atol=1e-12)
-    assert (found[:3] == 0).all()
+    found, rows = metrics.nearest_features(x, np.load(tmp_path / "bank.npy", mmap_mode="r"))
+    apart = np.linalg.norm(x[:, None].astype(float) - bank[None], axis=2)
+    np.testing.assert_allclose(found, apart.min(1), atol=1e-12)
+    assert (found[:3] == 0).all() and (rows == apart.argmin(1)).all()
 
 
 def test_a_constant_generator_fails_on_diversity():

@@ -189,7 +189,7 @@ def test_every_part_is_there(whole):
 
 
 def test_every_score_has_its_sentence():
-    scores = {name.removeprefix("learned_") for name in evaluation.LABELS}
+    scores = {name.removeprefix("layout_") for name in evaluation.LABELS}
     assert set(evaluation.READING) == scores | set(evaluation.IMAGE_LABELS)
 
 
