@@ -1,5 +1,6 @@
 """Exports load back to the same samples, bit by bit; volumes lie as the head does."""
 
+import argparse
 import json
 import re
 from dataclasses import replace
@@ -82,6 +83,16 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
     export.export(run, tmp_path / "shared")
     export.export(replace(run, seed=7), tmp_path / "shared")  # an earlier export's may be
     assert predict.load_run(tmp_path / "shared").seed == 7
+
+
+def test_pictures_of_an_export_do_not_go_into_it(run, tmp_path, monkeypatch):
+    export.export(run, tmp_path / "shared")
+    before = set((tmp_path / "shared").iterdir())
+    monkeypatch.chdir(tmp_path)
+    given = argparse.Namespace(n=1, seed=0, level=None, volume=False, out="")
+    predict.generate_command(predict.load_run("shared"), given)
+    assert (tmp_path / "runs/shared/generated/00000.png").exists()
+    assert set((tmp_path / "shared").iterdir()) == before
 
 
 def damage_byte(path):

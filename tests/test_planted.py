@@ -14,7 +14,7 @@ from config import Config
 from dataset import BrainSlices, Crop, open_data
 from scores.evaluation import Scorer
 
-N = 256  # slices in a set
+N = 384  # slices in a set
 DRAWS = 10  # random divisions of the subjects
 
 
@@ -47,7 +47,8 @@ def near_copies(images: Tensor) -> Tensor:
     """Turned by 2 degrees, moved by a pixel, coded as JPEG."""
     cos, sin = math.cos(math.radians(2)), math.sin(math.radians(2))
     way = torch.tensor([[cos, -sin, 1 / 128], [sin, cos, 0]]).expand(len(images), 2, 3)
-    moved = F.grid_sample(images, F.affine_grid(way, images.shape, align_corners=False))
+    places = F.affine_grid(way, images.shape, align_corners=False)
+    moved = F.grid_sample(images, places, align_corners=False)
     pixels = (255 * moved[:, 0]).round().numpy().astype(np.uint8)
     coded = [cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, 75])[1] for x in pixels]
     read = np.stack([cv2.imdecode(x, cv2.IMREAD_GRAYSCALE) for x in coded])
@@ -91,7 +92,7 @@ def with_large_ventricles(images: Tensor, levels: np.ndarray, reference: BrainSl
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory) -> BrainSlices:
-    config = Config(subjects=(60, 4, 4), cache=str(tmp_path_factory.mktemp("cache")))
+    config = Config(cache=str(tmp_path_factory.mktemp("cache")))
     return open_data(config).train
 
 
