@@ -65,7 +65,9 @@ def parse():
             "--seed", type=whole, default=0, help="sample s of seed S is always the same [0]"
         )
         drawing.add_argument(
-            "--out", default="", help=f"[{folder}/ in the run's folder; of an export, in runs/]"
+            "--out",
+            default="",
+            help=f"[{folder}/ in the run's folder; for an export, in runs/]",
         )
     generate.add_argument(
         "--level", type=level_or_sweep, metavar="LEVEL",
@@ -363,11 +365,12 @@ def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):
 
 
 def place_for(arguments, run: TrainedRun, name: str) -> Path:
-    """--out, or a new folder in the run's (of an export: in runs/), so that none are mixed."""
+    """--out, or a new folder: in the run's, or in runs/ for an export, which stays as it is."""
     if arguments.out:
         return Path(arguments.out)
-    parent = Path("runs", run.folder.resolve().name) if is_export(run) else run.folder
-    return runs.new_folder(parent, name)
+    if is_export(run):
+        return runs.new_folder(Path("runs"), f"{run.folder.resolve().name}-{name}")
+    return runs.new_folder(run.folder, name)
 
 
 def is_export(run: TrainedRun) -> bool:

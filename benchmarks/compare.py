@@ -3,15 +3,15 @@
     python benchmarks/compare.py RUN                    # every row that the CSV does not have
     python benchmarks/compare.py RUN --rows diffusion
     python benchmarks/compare.py --table                # the table, from the CSV
-    python benchmarks/compare.py RUN --figure F.png     # eight samples of every row, from --out
+    python benchmarks/compare.py RUN --figure F.png     # eight samples of every way to draw
 
 RUN is the folder of a finished seed. Its data and crop are used and, by rows over index maps,
 its VQ-VAE. Each row is a process of its own that trains for as long as RUN, or for --minutes.
-Rows over index maps train for that time without the time of RUN's VQ-VAE and decoder. Some rows
-draw in several ways from one training. Each way draws as many slices as the scores compare.
-Scores are those of `predict.py evaluate`, with test people as unseen people. Results are added
-to comparison.csv beside this file, samples to --out.
-Rivals come from MONAI (`pip install -r benchmarks/requirements.txt`). Their optimizer is Adam;
+A row over index maps trains for that time, minus the time of RUN's VQ-VAE and decoder. Some
+rows draw in several ways from one training. A row that is named alone always runs; of several,
+rows in the CSV are skipped, whatever their --minutes. Each way draws as many slices as the
+scores compare. Scores are those of `predict.py evaluate`, with test people as unseen people.
+Results are added to comparison.csv beside this file, samples to --out. Rivals come from MONAI (`pip install -r benchmarks/requirements.txt`). Their optimizer is Adam;
 --lr multiplies their learning rates.
 """
 
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1.0, help="factor of learning rates [1]")
     parser.add_argument("--out", default="runs/comparison", help="[runs/comparison]")
     parser.add_argument("--table", action="store_true", help="print the table and end")
-    parser.add_argument("--figure", metavar="F", help="draw eight samples of every row and end")
+    parser.add_argument("--figure", metavar="F", help="draw eight samples of every way and end")
     return parser.parse_args()
 
 
@@ -61,8 +61,9 @@ import modules
 import predict
 from config import Config, Exit, UserError
 from dataset import PIXELS, Data, open_data
+from loading.decoding import read_image
 from modules import generator_of
-from scores.evaluation import KINDS, references
+from scores.evaluation import KINDS, check_data, references
 from stages.stage import ORDER, order_of, update_average
 from support import checkpoints, device, endings, files, messages
 from support.muon import make_optimizer
@@ -76,7 +77,7 @@ SCORES = {
 }  # fmt: skip
 EFFORT = {
     "minutes": "minutes", "seconds_per_1000": "s per 1,000 slices",
-    "parameters_m": "parameters, M", "memory_mb": "peak memory, MB",
+    "parameters_m": "parameters, M", "memory_mb": "peak memory of training, MB",
 }  # fmt: skip
 COLUMNS = ("row", "source", "seed", "lr", *EFFORT, *SCORES)
 BATCH = 16
@@ -157,13 +158,13 @@ def in_batches(draw: Callable, *inputs: Tensor) -> Tensor:
     return torch.cat([draw(*part) for part in parts])
 
 
-# --- rows: each trains, and returns its networks and a function (levels) -> slices by way -----
+# --- rows: each trains; returns, for each way to draw, networks and a function levels -> slices
 
 Trained = dict[str, tuple[list[nn.Module], Callable[[Tensor], Tensor]]]
 
 
 def this_project(given: Given) -> Trained:
-    """RUN itself, and without its refinements."""
+    """RUN itself; without its denoiser; without its sharper decoder."""
     run = given.run
     vqvae, path = modules.make_vqvae(run.config), run.folder / "vqvae_best.pt"
     checkpoints.load_weights(vqvae, checkpoints.load_checkpoint(path)["model"], path).eval()
@@ -251,7 +252,7 @@ def autoregressive(given: Given) -> Trained:
         ranks = [prior.draw(part, *code_map.crop.size) for part in levels.split(BATCH)]
         return given.decoded(code_map.used[torch.cat(ranks)])
 
-    return {"autoregressive": ([prior], draw)}
+    return {"autoregressive": ([given.run.vqvae, prior], draw)}
 
 
 def unet(channels: int) -> nn.Module:
@@ -331,7 +332,9 @@ def map_diffusion(given: Given) -> Trained:
         u = diffused(given, network, (channels, *code_map.crop.size), levels, steps)
         return given.decoded(code_map.decode(u / scale))
 
-    return {f"diffusion-{n}": ([network], partial(draw, steps=n)) for n in (10, 50)}
+    return {
+        f"diffusion-{n}": ([given.run.vqvae, network], partial(draw, steps=n)) for n in (10, 50)
+    }
 
 
 def latent_diffusion(given: Given) -> Trained:
@@ -436,7 +439,7 @@ def tokens_transformer(given: Given) -> Trained:
 @dataclass(frozen=True)
 class Row:
     train: Callable[[Given], Trained]
-    labels: dict[str, str]  # by way
+    labels: dict[str, str]  # way to draw -> its name in the table
     over_maps: bool = False  # uses RUN's VQ-VAE and decoder, whose time counts
 
 
@@ -478,9 +481,10 @@ def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
 
 
 def one_row(name: str, arguments):
-    """Train, draw, score; add a line to the CSV for each way to draw."""
+    """Train, draw and score; add one line to the CSV for each way to draw."""
     run = predict.load_run(arguments.run, "cpu")
     data, row = open_data(run.config), ROWS[name]
+    check_data(run, data)
     device.set_threads(run.config.threads)
     before = seconds_of(run, "vqvae", "decoder") if row.over_maps else 0.0
     whole = 60 * arguments.minutes if arguments.minutes else seconds_of(run, *run.trained)
@@ -494,6 +498,7 @@ def one_row(name: str, arguments):
     scorer = references(run, data)
     levels = run.noise(scorer.n)[1]
     told = levels if run.conditional else torch.full_like(levels, math.nan)
+    lines = []
     for way, (networks, draw) in ways.items():
         if way in OURS:
             left_out = way.removeprefix("ours-no-")
@@ -504,11 +509,13 @@ def one_row(name: str, arguments):
         effort = {
             "minutes": seconds / 60, "seconds_per_1000": 1000 * drawing / scorer.n,
             "parameters_m": sum(p.numel() for k in networks for p in k.parameters()) / 1e6,
-            "memory_mb": "" if way in OURS else memory,  # RUN was trained before
+            "memory_mb": "" if row.over_maps else memory,  # RUN was trained before
         }  # fmt: skip
         predict.write_slices(folder_of(run, way, arguments.out), iter([images]))
         scorer.add("generated", images, told.numpy())
-        add(run, arguments.lr, way, scorer.all(), effort)
+        lines.append((way, scorer.all(), effort))
+    for line in lines:
+        add(run, arguments.lr, *line)
 
 
 def folder_of(run: predict.TrainedRun, way: str, out: str) -> Path:
@@ -516,7 +523,7 @@ def folder_of(run: predict.TrainedRun, way: str, out: str) -> Path:
 
 
 def source_of(config: Config) -> str:
-    return Path(config.data).name or "embedded"
+    return Path(config.data).resolve().name if config.data else "embedded"
 
 
 def add(run, lr: float, name: str, scores: dict, effort: dict):
@@ -558,12 +565,14 @@ def table() -> str:
 
 
 def figure(run: predict.TrainedRun, out: str) -> Figure:
-    """Samples 0 to 7 of every row that was drawn for RUN's data and seed, at half size."""
+    """Samples 0 to 7 of every way that was drawn for RUN's data and seed, at half size."""
     found = {
         label: folder
         for way, label in LABELS.items()
         if (folder := folder_of(run, way, out)).exists()
     }
+    if not found:
+        raise UserError(Exit.USAGE, f"--figure: {out} holds no samples for RUN; compare first")
     fig = Figure((8 * 1.28, len(found) * 1.48), dpi=100, facecolor="white")
     FigureCanvasAgg(fig)
     axes = fig.subplots(len(found), 1, squeeze=False)[:, 0]
@@ -571,7 +580,7 @@ def figure(run: predict.TrainedRun, out: str) -> Figure:
         left=0, right=1, bottom=0, top=1 - 0.2 / len(found) / 1.48, hspace=0.156
     )
     for ax, (label, folder) in zip(axes, found.items(), strict=True):
-        images = [cv2.imread(f"{folder}/{i:05d}.png", cv2.IMREAD_GRAYSCALE) for i in range(8)]
+        images = [read_image((folder / f"{i:05d}.png").read_bytes()) for i in range(8)]
         small = cv2.resize(np.hstack(images), (1024, 128), interpolation=cv2.INTER_AREA)
         ax.imshow(small, "gray", vmin=0, vmax=255, aspect="auto")
         ax.set_title(label, fontsize=9, loc="left", pad=3)
@@ -583,14 +592,14 @@ def main(arguments):
     if arguments.table:
         return print(table())
     if unknown := set(arguments.rows or ()) - set(ROWS):
-        raise UserError(Exit.USAGE, f"--rows {min(unknown)}: choose of {', '.join(ROWS)}")
+        raise UserError(Exit.USAGE, f"--rows {min(unknown)}: choose from {', '.join(ROWS)}")
     if not arguments.run:
         raise UserError(Exit.USAGE, "give RUN, the folder of a finished seed, or --table")
-    if arguments.rows and len(arguments.rows) == 1:
-        return one_row(arguments.rows[0], arguments)
     run = predict.load_run(arguments.run, "cpu")
     if arguments.figure:
         return figure(run, arguments.out).savefig(arguments.figure)
+    if arguments.rows and len(arguments.rows) == 1:
+        return one_row(arguments.rows[0], arguments)
     source = source_of(run.config)
     known = {(r["row"], r["source"], r["seed"], float(r["lr"])) for r in read_rows()}
     for name in arguments.rows or ROWS:

@@ -34,10 +34,11 @@ def parts_of(
 
 
 def layout(images: Tensor) -> Tensor:
-    """Means (n, 256) over 16x16 pixels, in which a near-copy is near its original.
+    """Means (n, 256) over 16x16 pixels. A near-copy stays near its original.
 
-    A slice turned by 2 degrees, moved by a pixel and coded as JPEG is still nearer to itself
-    than other people's slices are. By features of random convolutions it mostly is not.
+    A slice that was turned by 2 degrees, moved by a pixel and coded as JPEG is nearer to its
+    original than slices of other people are. With features of random convolutions, it mostly
+    is not.
     """
     return metrics.thumbnails(images, 16).flatten(1)
 
@@ -288,9 +289,10 @@ class Scorer:
         return self.each(lambda s: metrics.spectrum_difference(train, s.spectrum, end))
 
     def level_error(self) -> dict[str, float]:
-        """Mean difference between a slice's level and that of the nearest reference slice.
+        """Mean difference between a slice's level and that of its nearest reference slice.
 
-        Over slices for which both are known.
+        Slices without a known level are left out. Reconstructions and "real" are no references:
+        each is nearest to its original.
         """
 
         def error(found: Described) -> float:
@@ -299,7 +301,9 @@ class Scorer:
             return errors[known].mean() if known.any() else math.nan
 
         found = self.each(error, unseen=True)
-        return {k: v for k, v in found.items() if k != "real" and not math.isnan(v)}
+        if math.isnan(found.get("generated", math.nan)):
+            return {}
+        return {k: v for k, v in found.items() if k in ("generated", "unseen_people")}
 
     def all(self) -> dict:
         """Every score that these sets allow."""
@@ -335,15 +339,20 @@ def slices_compared(config: Config, data: Data) -> int:
     return min(config.samples, len(data.test), len(data.validation), len(data.train) // 2)
 
 
+def check_data(run, data: Data):
+    """Raise UserError (exit 4) if the run was trained on other data."""
+    if data.fingerprint != run.fingerprint:
+        raise UserError(
+            Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
+        )
+
+
 def references(run, data: Data) -> Scorer:
     """The sets that samples of a run are compared with; `add` brings the samples.
 
     Raises UserError (exit 4) if the run was trained on other data.
     """
-    if data.fingerprint != run.fingerprint:
-        raise UserError(
-            Exit.CHECKPOINT, f"{run.folder} was trained on other data; give its --data"
-        )
+    check_data(run, data)
     n = slices_compared(run.config, data)
     scorer = Scorer(data.train, n, run.code_map.crop)
     real = scorer.rows["real"]
@@ -490,7 +499,7 @@ READING = {
     "spectrum_db": "0 is equal detail at every scale. Blur and grain both raise it.",
     "ms_ssim_of_pairs": "Should equal that of real slices; higher means samples are alike.",
     "level_error": "Error of the slice level, on a scale from 0 (lowest) to 1 (highest).",
-    "memorised_share": "0.01 is chance. Far more means copies of training slices.",
+    "memorised_share": "0.01 is chance, more with few unseen slices. Far more means copies.",
     "ssim_to_nearest_test_slice": "Should equal that of unseen real slices; higher: copies.",
 }
 

@@ -361,9 +361,9 @@ def c2st_auc(real, fake, groups_real, groups_fake=None, seed: int = 0) -> float:
 
 def nearest_features(x, bank) -> tuple[np.ndarray, np.ndarray]:
     """Distance (N,) of each vector of (N,F) to the nearest of (M,F), and its index (N,)."""
-    x, parts = as_features(x), as_features(bank, "bank")
-    parts = np.array_split(parts, math.ceil(len(parts) / 1024))
-    found = [(d.min(1), d.argmin(1)) for d in (_distances(x, part) for part in parts)]
+    x, parts = as_features(x), np.array_split(bank, math.ceil(len(bank) / 1024))
+    distances = (_distances(x, as_features(part, "bank")) for part in parts)
+    found = [(d.min(1), d.argmin(1)) for d in distances]
     least, index = (np.stack(column, 1) for column in zip(*found, strict=True))  # (N,parts)
     starts = np.cumsum([0, *map(len, parts[:-1])])
     best, rows = least.argmin(1), np.arange(len(x))
@@ -373,15 +373,19 @@ def nearest_features(x, bank) -> tuple[np.ndarray, np.ndarray]:
 def memorised_share(near, near_held_out) -> float:
     """Share of samples nearer to a training slice than 99 % of unseen people's slices are.
 
-    Both (.,) are distances to the nearest training slice. About 0.01 for new brains, near 1
-    for copies.
+    near (N,), near_held_out (M,): distances to the nearest training slice. About 0.01 for new
+    brains, near 1 for copies.
     """
     return float((np.asarray(near) < copy_distance(near_held_out)).mean())
 
 
 def copy_distance(near_held_out) -> float:
-    """The 1st percentile of unseen people's distances to the nearest training slice."""
-    return float(np.percentile(near_held_out, 1))
+    """The 1st percentile of unseen people's distances to the nearest training slice.
+
+    The smallest distance if there are fewer than 99. So a new slice is nearer with probability
+    0.01, or 1/(M+1).
+    """
+    return float(np.percentile(near_held_out, 1, method="weibull"))
 
 # --- set against set: images --------------------------------------------------------------
 

@@ -86,13 +86,14 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
 
 
 def test_pictures_of_an_export_do_not_go_into_it(run, tmp_path, monkeypatch):
-    export.export(run, tmp_path / "shared")
-    before = set((tmp_path / "shared").iterdir())
     monkeypatch.chdir(tmp_path)
+    shared = tmp_path / "runs/shared"
+    export.export(run, shared)
+    before = set(shared.iterdir())
     given = argparse.Namespace(n=1, seed=0, level=None, volume=False, out="")
-    predict.generate_command(predict.load_run("shared"), given)
-    assert (tmp_path / "runs/shared/generated/00000.png").exists()
-    assert set((tmp_path / "shared").iterdir()) == before
+    predict.generate_command(predict.load_run("runs/shared"), given)
+    assert (tmp_path / "runs/shared-generated/00000.png").exists()
+    assert set(shared.iterdir()) == before
 
 
 def damage_byte(path):

@@ -25,8 +25,7 @@ OPTIONS = [
     "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2",
     "--decoder-kimg", "0.2", "--denoiser-kimg", "0.2", "--samples", "64",
 ]  # fmt: skip
-# The driver. Freed memory goes back to the kernel at once: holes in the heap differ from run to
-# run.
+# Runs the driver. Freed memory goes back to the kernel at once: holes in the heap would differ.
 DRIVER = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT)!r})

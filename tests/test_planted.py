@@ -1,4 +1,4 @@
-"""Defects planted into slices: scores see them beyond what chance does to a score."""
+"""Slices with planted defects: their scores lie far outside the range of chance."""
 
 import math
 
@@ -29,7 +29,7 @@ def drawn(split: BrainSlices, seed: int) -> tuple[Tensor, np.ndarray]:
 
 
 def scorer_of(split: BrainSlices, seed: int) -> tuple[Scorer, Tensor, np.ndarray]:
-    """Half of the subjects are the reference; a quarter each is unseen and "generated"."""
+    """Half of the subjects are the reference, a quarter is unseen, a quarter "generated"."""
     subjects = np.random.default_rng(seed).permutation(np.unique(split.subjects))
     reference, fake, unseen = np.split(subjects, [len(subjects) // 2, 3 * len(subjects) // 4])
     scorer = Scorer(some(split, reference), N, Crop.around_heads(split.brightest()))
@@ -121,12 +121,12 @@ def by_chance(subjects):
     ],
 )
 def test_a_defect_is_outside_the_range_of_chance(defect, seen_by, subjects, by_chance):
-    """By more than the width of this range: of many scores, one is outside by chance."""
+    """By more than its width: with many scores, one lies a little outside by chance."""
     scorer, images, levels = scorer_of(subjects, DRAWS)
     found = scores(scorer, *defect(images, levels, scorer.source))
     for name in seen_by:
         low, high = by_chance[name]
-        away = max(low - found[name], found[name] - high)
+        away = low - found[name] if "recall" in name else found[name] - high
         assert away > high - low, (
             f"{name}: {found[name]:.3f}, by chance {low:.3f} to {high:.3f}"
         )

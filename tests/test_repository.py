@@ -208,9 +208,11 @@ def test_every_flag_and_field_on_a_page_exists(page):
     assert fields <= set(FIELDS), fields - set(FIELDS)
 
 
-def test_every_source_file_is_named_in_the_readme():
-    names = [path.name for path in SOURCE if path.name != "__init__.py"]
-    assert [name for name in names if name not in README] == []
+def test_the_file_map_names_every_source_file_and_no_other():
+    names = {path.name for path in SOURCE if path.name != "__init__.py"}
+    file_map = README.partition("## File map")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", file_map))
+    assert names <= named <= names | {path.name for path in OTHERS}
 
 
 def test_presets_and_columns_of_the_log_are_explained():
