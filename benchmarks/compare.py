@@ -11,7 +11,8 @@ A row over index maps trains for that time, minus the time of RUN's VQ-VAE and d
 rows draw in several ways from one training. A row that is named alone always runs; of several,
 rows in the CSV are skipped, whatever their --minutes. Each way draws as many slices as the
 scores compare. Scores are those of `predict.py evaluate`, with test people as unseen people.
-Results are added to comparison.csv beside this file, samples to --out. Rivals come from MONAI (`pip install -r benchmarks/requirements.txt`). Their optimizer is Adam;
+Results are added to comparison.csv beside this file, samples to --out. Rivals come from MONAI
+(`pip install -r benchmarks/requirements.txt`). Their optimizer is Adam;
 --lr multiplies their learning rates.
 """
 

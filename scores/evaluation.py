@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from config import Config, Exit, UserError
@@ -320,7 +321,10 @@ class Scorer:
         if "reconstruction" in self.sets:
             own = self.fd("fine", "reconstruction")["generated"]
             result["fine_fd_reconstruction"] = {"generated": own}
-        result["kid_train"] = self.each(lambda s: metrics.kid(s.spaces["texture"], train))
+        standard = StandardScaler().fit(train).transform
+        result["kid_train"] = self.each(
+            lambda s: metrics.kid(standard(s.spaces["texture"]), standard(train))
+        )
         result["c2st_auc"] = self.classifier()
         if "test" in self.sets:
             result |= self.judge_auc() | {"memorised_share": self.memorised()}
@@ -512,8 +516,8 @@ def generation_rows(generation: dict) -> list[tuple[str, list[str]]]:
     kinds, rows = (*KINDS, "unseen_people"), []
     for name in LABELS:
         if name in generation:
-            values, digits = generation[name], 5 if "kid" in name else 3
-            cells = [f"{values[k]:.{digits}f}" if k in values else "" for k in kinds]
+            values = generation[name]
+            cells = [f"{values[k]:.3f}" if k in values else "" for k in kinds]
             rows.append((name, cells))
     return rows
 
