@@ -1,7 +1,7 @@
-"""Draw the README's diagrams: pipeline.png, vqvae.png and generator.png, beside this file.
+"""Draw the pages' diagrams: pipeline.png, vqvae.png and generator.png, beside this file.
 
     python images/draw.py
-    python images/draw.py --table      # print the README's table of the VQ-VAE's layers
+    python images/draw.py --table      # print the table of the VQ-VAE's layers
 
 The drawings need matplotlib only and no data: the brain in them is made of ellipses, with noise
 for the folds. One unit is one pixel of a README that is 900 pixels wide.
@@ -50,7 +50,7 @@ def main():
 
 
 def architecture_rows(model: modules.VQVAE) -> list[tuple[str, ...]]:
-    """One row per layer of the README's table, from a forward pass on a black slice.
+    """One row per layer of the table in docs/networks.md, from a forward pass on a black slice.
 
     The code has the original's layers in another order: pooling stands before ReLU, upsampling
     is part of a convolution, and the 1x1 convolution is part of the quantiser.
@@ -156,7 +156,7 @@ def generating(ax, y: float, brain: np.ndarray):
 
 
 def vqvae() -> Figure:
-    """The network of the original README's table."""
+    """The VQ-VAE, layer by layer."""
     fig, ax = canvas(900, 430)
     brain, y = drawn_brain(seed=5), 268
     picture(ax, 66, y, TALL[256], brain, "slice")

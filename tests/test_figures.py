@@ -215,3 +215,6 @@ def test_drawings_are_small_enough_for_a_readme(tmp_path):
     for name in ("pipeline.png", "vqvae.png", "generator.png"):
         assert 1000 < (tmp_path / name).stat().st_size < 200_000
         assert (ROOT / "images" / name).exists()
+    done = subprocess.run([sys.executable, script, "--table"], stdout=-1, text=True, env=env)
+    assert "Quantized" in done.stdout
+    assert done.stdout in (ROOT / "docs/networks.md").read_text(encoding="utf-8")
