@@ -65,9 +65,10 @@ from dataset import PIXELS, Data, open_data
 from loading.decoding import read_image
 from modules import generator_of
 from scores.evaluation import KINDS, check_data, references
+from stages.denoiser import Denoiser, denoising_loss, place_features
 from stages.stage import ORDER, order_of, update_average
 from support import checkpoints, device, endings, files, messages
-from support.muon import make_optimizer
+from support.muon import Muon, make_optimizer
 
 CSV = HERE / "comparison.csv"
 SCORES = {
@@ -338,6 +339,50 @@ def map_diffusion(given: Given) -> Trained:
     }
 
 
+class Diffusion(Denoiser):
+    """This project's denoiser, for noise that leaves nothing of a map."""
+
+    MOST = 40.0  # sigma; data have unit variance
+
+
+def own_diffusion(given: Given) -> Trained:
+    """Diffusion over RUN's index maps by this project's denoiser, trained on whole maps."""
+    run, config, code_map = given.run, given.run.config, given.run.code_map
+    size, corner = code_map.crop.size, torch.tensor(code_map.crop[:2]).expand(BATCH, 2)
+    torch.manual_seed(run.seed)
+    codebook, channels = run.vqvae.quantizer.codebook, Config.map_channels
+    network = Diffusion(config.codes, channels)
+    coordinates = modules.CodeMap.fit(codebook, run.counts, "coordinates", channels)
+    network.fit(coordinates, run.counts)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    muon = Muon(network, config.denoiser_lr, betas=(0.9, 0.99))
+    for step in given.steps(config.denoiser_lr, muon):
+        maps, level = given.maps(step)
+        noise = torch.randn(BATCH, channels, *size)
+        sigma = Diffusion.LEAST * (Diffusion.MOST / Diffusion.LEAST) ** torch.rand(BATCH)
+        start = torch.randint(2, (2,)).tolist()
+        with given.autocast():
+            loss = denoising_loss(network, maps, noise, sigma, level, corner, start).mean()
+        step_of(muon, loss)
+        update_average(average, network, min(5000, 0.1 * step * BATCH), BATCH)
+
+    @torch.no_grad()
+    def draw(levels: Tensor, steps: int) -> Tensor:
+        average.STEPS = steps
+        generator = generator_of(run.seed, 1)
+        noise = torch.randn((len(levels), channels, *size), generator=generator)
+
+        def some(noise: Tensor, level: Tensor) -> Tensor:
+            place = place_features(corner[: len(noise)], *size)
+            with given.autocast():
+                return average.restore(torch.zeros_like(noise), noise, level, place)
+
+        return given.decoded(in_batches(some, noise, levels))
+
+    networks = [run.vqvae, network]
+    return {f"own-diffusion-{n}": (networks, partial(draw, steps=n)) for n in (10, 50)}
+
+
 def latent_diffusion(given: Given) -> Trained:
     """AutoencoderKL, then diffusion of its latents (Rombach et al. 2022, arXiv:2112.10752).
 
@@ -452,7 +497,15 @@ ROWS = {
     "ours": Row(this_project, OURS, True),
     "diffusion": Row(
         map_diffusion,
-        {f"diffusion-{n}": f"diffusion over the same maps, DDIM {n}" for n in (10, 50)},
+        {f"diffusion-{n}": f"diffusion over the same maps (MONAI), DDIM {n}" for n in (10, 50)},
+        True,
+    ),
+    "own-diffusion": Row(
+        own_diffusion,
+        {
+            f"own-diffusion-{n}": f"diffusion over the same maps (this denoiser), {n} steps"
+            for n in (10, 50)
+        },
         True,
     ),
     "autoregressive": Row(
