@@ -33,7 +33,7 @@ def test_the_prior_does_not_depend_on_later_cells():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ours", "autoregressive", "pixels-64"])
+@pytest.mark.parametrize("name", ["ours", "own-diffusion", "autoregressive", "pixels-64"])
 def test_rows_are_trained_scored_and_added(name, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
     monkeypatch.setattr(compare, "seconds_of", lambda run, *stages: len(stages) / 10)
