@@ -4,7 +4,6 @@ import argparse
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import nibabel
@@ -19,7 +18,7 @@ import predict
 from config import Config, Exit, UserError
 from dataset import PRIVATE
 from loading import embedded
-from scores import evaluation, export, metrics
+from scores import evaluation, export
 from support import checkpoints, files
 
 
@@ -95,18 +94,6 @@ def test_pictures_of_an_export_do_not_go_into_it(run, tmp_path, monkeypatch):
     predict.generate_command(predict.load_run("runs/shared"), given)
     assert (tmp_path / "runs/shared-generated/00000.png").exists()
     assert set(shared.iterdir()) == before
-
-
-def test_the_pretrained_export_is_small_and_draws_its_example():
-    folder = Path(__file__).parent.parent / "pretrained"
-    assert {path.name for path in folder.iterdir()} == export.FILES
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
-    run = predict.load_run(folder, "cpu")
-    assert run.stamp == "" and run.conditional
-    sample = run.sample(1, seed=1)[1]
-    example = cv2.imread(str(folder / "example.png"), cv2.IMREAD_GRAYSCALE)[2:258, 2:258]
-    example = torch.from_numpy(example)[None, None].float() / 255
-    assert metrics.ssim(sample, example) > 0.95  # on another machine some cells differ
 
 
 def damage_byte(path):
