@@ -8,6 +8,7 @@ import torch
 from pixelcnn import PixelCNN
 
 import modules
+from config import Config, UserError
 from support import checkpoints
 
 
@@ -80,3 +81,54 @@ def test_the_ways_of_this_project_leave_out_a_network_each(finished, monkeypatch
     wanted = modules.in_full_batches(plain.eval().decode, maps)
     assert torch.equal(drawn["ours-no-decoder"], wanted)
     assert size["ours"] > max(size["ours-no-denoiser"], size["ours-no-decoder"])
+
+
+def written(path, ways):
+    lines = [f"{way},embedded,0,1.0" + "," * (len(compare.COLUMNS) - 4) for way in ways]
+    path.write_text("\n".join([",".join(compare.COLUMNS), *lines]) + "\n")
+
+
+def test_whole_rows_of_the_csv_are_skipped_and_half_ones_run_again(
+    finished, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(finished[0])
+    monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
+    monkeypatch.setattr(compare, "source_of", lambda config: "embedded")
+    ran = []
+    monkeypatch.setattr(
+        compare.subprocess,
+        "run",
+        lambda words: ran.append(words[-1]) or argparse.Namespace(returncode=0),
+    )
+    written(tmp_path / "comparison.csv", [*compare.OURS, "diffusion-10"])
+    names = ["ours", "diffusion", "transformer"]
+    given = argparse.Namespace(
+        run="out/seed-0", rows=names, table=False, figure=None, lr=1.0, out="", minutes=None
+    )
+    compare.main(given)
+    assert ran == ["diffusion", "transformer"]
+    with pytest.raises(UserError, match="mistake: choose from"):
+        compare.main(argparse.Namespace(**vars(given) | {"rows": ["mistake"]}))
+
+
+def test_the_figure_shows_samples_of_each_way_that_was_drawn(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished[0])
+    run = compare.predict.load_run("out/seed-0", "cpu")
+    with pytest.raises(UserError, match="no samples"):
+        compare.figure(run, tmp_path)
+    images = run.sample(8)[1]
+    for way in ("ours", "transformer"):
+        compare.predict.write_slices(compare.folder_of(run, way, tmp_path), iter([images]))
+    axes = compare.figure(run, tmp_path).axes
+    assert [ax.get_title("left") for ax in axes] == [
+        compare.LABELS[w] for w in ("ours", "transformer")
+    ]
+    shown = axes[0].images[0].get_array()
+    mean = torch.nn.functional.avg_pool2d(255 * images[7], 2)[0]
+    assert abs(torch.from_numpy(shown[:, -128:].astype(float)) - mean).max() < 2
+
+
+def test_a_source_is_named_by_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compare.source_of(Config()) == "embedded"
+    assert compare.source_of(Config(data=".")) == tmp_path.name
