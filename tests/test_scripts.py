@@ -290,7 +290,8 @@ def test_the_predict_commands_of_the_pages_run_as_they_stand(words, finished, sl
         elif word == "RUN" or (at == 2 and word.startswith("runs/")):
             words[at] = str(where / "out")
         elif word.endswith("_DIR"):
-            part = {"REAL_DIR": "train", "FAKE_DIR": "test"}[word]
+            parts = {"REAL_DIR": "train", "FAKE_DIR": "test", "OTHER_REAL_DIR": "validate"}
+            part = parts[word]
             words[at] = str(slices / f"keras_png_slices_{part}")
     if "--out" not in words:
         words = [*words, "--out", "new"]
