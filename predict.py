@@ -263,7 +263,7 @@ def load_run(path: str | Path, on: str = "auto") -> TrainedRun:
         stamp = saved["stamp"]
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(Exit.CHECKPOINT, f"{folder / 'config.json'}: {problem}") from None
-    exported = (folder / export.WEIGHTS).exists()
+    exported = is_export(folder)
     parts = export.load(folder) if exported else load_checkpoints(folder, config, mine)
     names = dict.fromkeys(parts, export.WEIGHTS)
     if not exported:
@@ -310,7 +310,7 @@ def load_checkpoints(folder: Path, config: Config, mine: dict) -> dict[str, dict
 
 def seed_folder(path: Path) -> Path:
     """The folder of one seed: `path` itself, its best run, or its only one."""
-    if list(path.glob("*_best.pt")) or (path / export.WEIGHTS).exists():
+    if list(path.glob("*_best.pt")) or is_export(path):
         return path
     if (path / "results.json").exists():
         best = files.read_json(path / "results.json").get("best")
@@ -320,6 +320,10 @@ def seed_folder(path: Path) -> Path:
     if len(seeds) == 1:
         return seeds[0]
     raise UserError(Exit.CHECKPOINT, f"RUN {path}: {no_run_in(path, seeds)}")
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / export.WEIGHTS).exists()
 
 
 def no_run_in(path: Path, seeds: list[Path]) -> str:
@@ -368,13 +372,9 @@ def place_for(arguments, run: TrainedRun, name: str) -> Path:
     """--out, or a new folder: in the run's, or in runs/ for an export, which stays as it is."""
     if arguments.out:
         return Path(arguments.out)
-    if is_export(run):
+    if is_export(run.folder):
         return runs.new_folder(Path("runs"), f"{run.folder.resolve().name}-{name}")
     return runs.new_folder(run.folder, name)
-
-
-def is_export(run: TrainedRun) -> bool:
-    return (run.folder / export.WEIGHTS).exists()
 
 
 def generate_command(run: TrainedRun, arguments):
@@ -455,7 +455,7 @@ def export_command(run: TrainedRun, arguments):
 
 
 def check_own(run: TrainedRun):
-    if is_export(run):
+    if is_export(run.folder):
         raise UserError(
             Exit.USAGE, f"{run.folder} is an export, without scores and logs; give the folder "
             "of the run that it was made from",

@@ -65,7 +65,7 @@ from dataset import PIXELS, Data, open_data
 from loading.decoding import read_image
 from modules import generator_of
 from scores.evaluation import KINDS, check_data, references
-from stages.denoiser import Denoiser, denoising_loss, place_features
+from stages.denoiser import Denoiser, denoiser_step, place_features
 from stages.stage import ORDER, order_of, update_average
 from support import checkpoints, device, endings, files, messages
 from support.muon import Muon, make_optimizer
@@ -359,11 +359,9 @@ def own_diffusion(given: Given) -> Trained:
     for step in given.steps(config.denoiser_lr, muon):
         maps, level = given.maps(step)
         noise = torch.randn(BATCH, channels, *size)
-        sigma = Diffusion.LEAST * (Diffusion.MOST / Diffusion.LEAST) ** torch.rand(BATCH)
+        sigma = network.sigmas(torch.rand(BATCH))
         start = torch.randint(2, (2,)).tolist()
-        with given.autocast():
-            loss = denoising_loss(network, maps, noise, sigma, level, corner, start).mean()
-        step_of(muon, loss)
+        denoiser_step(network, muon, config, maps, noise, sigma, level, corner, start=start)
         update_average(average, network, min(5000, 0.1 * step * BATCH), BATCH)
 
     # At sigma 40 the mean of a map still matters: that of 2,688 cells has noise of 0.8 only.
@@ -537,9 +535,8 @@ def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
     return sum(checkpoints.load_checkpoint(path)["seconds"] for path in paths)
 
 
-def one_row(name: str, arguments):
+def one_row(name: str, run: predict.TrainedRun, arguments):
     """Train, draw and score; add one line to the CSV for each way to draw."""
-    run = predict.load_run(arguments.run, "cpu")
     data, row = open_data(run.config), ROWS[name]
     check_data(run, data)
     device.set_threads(run.config.threads)
@@ -656,7 +653,7 @@ def main(arguments):
     if arguments.figure:
         return figure(run, arguments.out).savefig(arguments.figure)
     if arguments.rows and len(arguments.rows) == 1:
-        return one_row(arguments.rows[0], arguments)
+        return one_row(arguments.rows[0], run, arguments)
     source = source_of(run.config)
     known = {(r["row"], r["source"], r["seed"], float(r["lr"])) for r in read_rows()}
     for name in arguments.rows or ROWS:

@@ -86,6 +86,10 @@ class Denoiser(nn.Module):
         self.points.index_copy_(0, used, points / self.sd)
         self.head.bias[used] = share.log()  # the prior without neighbours
 
+    def sigmas(self, share: Tensor) -> Tensor:
+        """Strengths of noise (n,), from shares (n,) in [0, 1) of their range on a log scale."""
+        return self.LEAST * (self.MOST / self.LEAST) ** share
+
     def features(self, x: Tensor, sigma: Tensor, level: Tensor, place: Tensor) -> Tensor:
         """Features (B, w, h, w) of each cell's surroundings.
 
@@ -323,7 +327,7 @@ def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tu
     each = torch.arange(len(maps), device=run.device)[:, None, None]
     maps = maps[each, places[:, 0, :, None], places[:, 1, None, :]]  # (B, S, S)
     noise = torch.randn((n, denoiser.channels, S, S), generator=draw)[mine]
-    sigma = sigmas(torch.rand(n, generator=draw)[mine] ** run.config.sigma_power)
+    sigma = denoiser.sigmas(torch.rand(n, generator=draw)[mine] ** run.config.sigma_power)
     start = torch.randint(2, (2,), generator=draw).tolist()
     corners += torch.tensor(crop[:2])
     rest = (device.sent(x, run.device) for x in (noise, sigma, real.levels[chosen], corners))
@@ -344,11 +348,6 @@ def denoiser_step(
     return loss
 
 
-def sigmas(share: Tensor) -> Tensor:
-    """Strengths of noise (n,), from shares (n,) in [0, 1) of their range on a log scale."""
-    return Denoiser.LEAST * (Denoiser.MOST / Denoiser.LEAST) ** share
-
-
 @torch.no_grad()
 def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     """Loss on validation maps, ten times in a training; keeps the average's best weights."""
@@ -361,7 +360,7 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     maps = torch.where(code_map.rank[maps] < 0, code_map.used[0], maps)
     draw = generator_of(stage.run.seed, DENOISE)
     noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)
-    sigma = sigmas(torch.linspace(0, 1, len(rows)))
+    sigma = average.sigmas(torch.linspace(0, 1, len(rows)))
     level = real.told(validation.levels[rows])
     corner = torch.tensor(code_map.crop[:2]).expand(len(rows), 2)
 
