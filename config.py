@@ -215,24 +215,21 @@ class Config:
     collapsed_below: float = detail(
         0.1, "diversity that counts as collapse, after a quarter of the steps", low=0, high=1
     )
-    gan_batch_size: int = option(
-        32, "maps, or the denoiser's crops, per step", low=1, high=65536
-    )
+    gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
-        63.0, "training length, thousands of maps seen", low=0.001, high=1e7
+        40.0, "training length, thousands of maps seen", low=0.001, high=1e7
     )
     stop_collapsed: bool = outside(False, "end a run whose samples are nearly alike (exit 6)")
 
     denoiser_lr: float = detail(3e-3, "learning rate of the denoiser", low=1e-8, high=1)
     denoiser_ema_kimg: float = detail(
-        2.0, "half-life of its weight average, thousands of crops", low=0, high=1e5
+        2.0, "half-life of its weight average, thousands of maps", low=0, high=1e5
     )
-    crop_cells: int = detail(32, "side of its training crops, a multiple of 4", low=8, high=32)
-    sigma_power: float = detail(0.7, "below 1: more crops with much noise", low=0.01, high=100)
     denoiser_kimg: float = option(
-        45.0, "training length, thousands of crops seen; 0: none", low=0, high=1e7,
+        32.0, "training length, thousands of maps seen; 0: none", low=0, high=1e7,
         heading="denoiser (Karras et al. 2022, arXiv:2206.00364)",
     )  # fmt: skip
+    denoiser_batch_size: int = option(16, "maps per step", low=1, high=65536)
 
     samples: int = outside(
         512, "N, generated and real slices compared", low=8, high=10**6,
@@ -277,7 +274,7 @@ def _plain(value):
 
 
 # The unit of each stage's training length.
-SEEN = {"vqvae": "slices", "decoder": "slices", "dcgan": "maps", "denoiser": "crops"}
+SEEN = {"vqvae": "slices", "decoder": "slices", "dcgan": "maps", "denoiser": "maps"}
 
 # Differences from the defaults above. `classic` is the recipe of the original project. Its
 # DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map). All presets but `full` keep the
@@ -289,7 +286,7 @@ PRESETS = {
         "denoiser_kimg": 1.0, "samples": 64,
     },
     "long": {
-        "vqvae_kimg": 27.0, "decoder_kimg": 16.0, "gan_kimg": 210.0, "denoiser_kimg": 150.0,
+        "vqvae_kimg": 27.0, "decoder_kimg": 16.0, "gan_kimg": 120.0, "denoiser_kimg": 120.0,
     },
     "full": {
         "widths": (64, 32, 16, 32), "batch_size": 64, "vqvae_kimg": 193.28,

@@ -193,7 +193,7 @@ class TrainedRun:
 
     @property
     def trained(self) -> dict[str, float]:
-        """The stages of training -> their length, in thousands of slices, maps or crops."""
+        """The stages of training -> their length, in thousands of slices or maps."""
         config = self.config
         stages = {
             "vqvae": config.vqvae_kimg, "decoder": config.decoder_kimg,

@@ -516,7 +516,7 @@ STAGES = {
 }  # fmt: skip
 BATCHES = {
     "vqvae": "batch_size", "decoder": "batch_size", "dcgan": "gan_batch_size",
-    "denoiser": "gan_batch_size",
+    "denoiser": "denoiser_batch_size",
 }  # fmt: skip
 MIN_SLICES = 6  # of validation and test: precision and recall need 5 neighbours
 
@@ -540,7 +540,7 @@ def run_stages(run: Run, names):
 
 def check_shares(config: Config):
     """Raise UserError (exit 2) unless each process gets an even share of each batch."""
-    for name in ("batch_size", "gan_batch_size"):
+    for name in dict.fromkeys(BATCHES.values()):
         if getattr(config, name) % distributed.count():
             raise UserError(
                 Exit.USAGE,

@@ -65,7 +65,7 @@ from dataset import PIXELS, Data, open_data
 from loading.decoding import read_image
 from modules import generator_of
 from scores.evaluation import KINDS, check_data, references
-from stages.denoiser import Denoiser, denoiser_step, place_features
+from stages.denoiser import Denoiser, denoiser_step
 from stages.stage import ORDER, order_of, update_average
 from support import checkpoints, device, endings, files, messages
 from support.muon import Muon, make_optimizer
@@ -348,7 +348,7 @@ class Diffusion(Denoiser):
 def own_diffusion(given: Given) -> Trained:
     """Diffusion over RUN's index maps by this project's denoiser, trained on whole maps."""
     run, config, code_map = given.run, given.run.config, given.run.code_map
-    size, corner = code_map.crop.size, torch.tensor(code_map.crop[:2]).expand(BATCH, 2)
+    size = code_map.crop.size
     torch.manual_seed(run.seed)
     codebook, channels = run.vqvae.quantizer.codebook, Config.map_channels
     network = Diffusion(config.codes, channels)
@@ -361,7 +361,7 @@ def own_diffusion(given: Given) -> Trained:
         noise = torch.randn(BATCH, channels, *size)
         sigma = network.sigmas(torch.rand(BATCH))
         start = torch.randint(2, (2,)).tolist()
-        denoiser_step(network, muon, config, maps, noise, sigma, level, corner, start=start)
+        denoiser_step(network, muon, config, maps, noise, sigma, level, start=start)
         update_average(average, network, min(5000, 0.1 * step * BATCH), BATCH)
 
     # At sigma 40 the mean of a map still matters: that of 2,688 cells has noise of 0.8 only.
@@ -374,9 +374,8 @@ def own_diffusion(given: Given) -> Trained:
         noise = torch.randn((len(levels), channels, *size), generator=generator)
 
         def some(noise: Tensor, level: Tensor) -> Tensor:
-            place = place_features(corner[: len(noise)], *size)
             with given.autocast():
-                return average.restore(middle.expand_as(noise), noise, level, place)
+                return average.restore(middle.expand_as(noise), noise, level)
 
         return given.decoded(in_batches(some, noise, levels))
 

@@ -78,7 +78,7 @@ PANELS = {
         Panel("diversity (dashed: real maps)", {"diversity": ""}, ideal=1),
     ),
     "denoiser": (
-        Panel("loss, crops of training maps", {"loss": ""}, log=True, noisy=True),
+        Panel("loss, training maps", {"loss": ""}, log=True, noisy=True),
         Panel("loss, validation maps", {"loss_validation": ""}, log=True),
         Panel("learning rate", {"lr": ""}),
     ),

@@ -2,8 +2,8 @@
 
 In: the index maps of stage 2. Out: `denoiser_best.pt`. A discriminator of whole maps hardly
 judges single cells, so many single cells of a generated map are wrong. The denoiser learns from
-crops of real maps which codes fit together, and corrects generated maps: noise is added, then
-removed. `denoiser_kimg = 0` skips this stage.
+real maps which codes fit together, and corrects generated maps: noise is added, then removed.
+`denoiser_kimg = 0` skips this stage.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from dataset import MAP, evenly
+from dataset import evenly
 from modules import LEVEL_FEATURES, CodeMap, best, cells, generator_of, level_features
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.stage import (
@@ -45,14 +45,17 @@ class Denoiser(nn.Module):
     cell alone and is known. The network learns c_k from the neighbours. So the network chooses
     between codes; one that learns the mean by squared error blurs. Noise and input scale are
     those of Karras et al. 2022 (arXiv:2206.00364, table 1, sigma_data 1). It also gets the
-    slice level and each cell's place in the whole map.
+    slice level and each cell's place in the map.
+
+    The network is a UNet of four resolutions. At the lowest, each cell also gets a function of
+    the mean over the map: convolutions alone do not carry brightness across a whole map.
 
     Codes are points of a `CodeMap` of coordinates, whatever the DCGAN draws. x is in units of
     `sd`, their standard deviation. Dimensions: as in modules; w width, E embedding, P
     `place_features`.
     """
 
-    LEAST, MOST = 0.5, 4.0  # sigma in training
+    LEAST, MOST = 0.5, 5.0  # sigma in training
     STEPS = 4  # passes that remove the noise from a generated map
     FAR = 1e3  # place of codes that training never used: out of reach
 
@@ -66,11 +69,15 @@ class Denoiser(nn.Module):
         ins = 16 + LEVEL_FEATURES
         self.embed = nn.Sequential(nn.Linear(ins, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.first = nn.Conv2d(channels + PLACE_FEATURES, w, 3, padding=1)
-        down, up = nn.Conv2d, nn.ConvTranspose2d
-        self.down = nn.ModuleList([down(w, 2 * w, 4, 2, 1), down(2 * w, 2 * w, 4, 2, 1)])
-        self.up = nn.ModuleList([up(2 * w, 2 * w, 4, 2, 1), up(2 * w, w, 4, 2, 1)])
-        widths = (w, 2 * w, 2 * w, 2 * w, 2 * w, w)
-        self.blocks = nn.ModuleList([NoisyBlock(width, E) for width in widths])
+        widths = (w, 2 * w, 2 * w, 4 * w)  # at h, h/2, h/4, h/8
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for wide, narrow in pairwise(reversed(widths)):
+            self.down.insert(0, nn.Conv2d(narrow, wide, 4, 2, 1))
+            self.up.append(nn.ConvTranspose2d(wide, narrow, 4, 2, 1))
+        self.mean = nn.Linear(widths[-1], widths[-1])
+        nn.init.zeros_(self.mean.weight)
+        nn.init.zeros_(self.mean.bias)
+        self.blocks = nn.ModuleList(NoisyBlock(n, E) for n in (*widths, *reversed(widths)))
         self.head = nn.Linear(w, codes)
         nn.init.zeros_(self.head.weight)
         self.to(memory_format=torch.channels_last)
@@ -90,21 +97,27 @@ class Denoiser(nn.Module):
         """Strengths of noise (n,), from shares (n,) in [0, 1) of their range on a log scale."""
         return self.LEAST * (self.MOST / self.LEAST) ** share
 
-    def features(self, x: Tensor, sigma: Tensor, level: Tensor, place: Tensor) -> Tensor:
+    def features(self, x: Tensor, sigma: Tensor, level: Tensor) -> Tensor:
         """Features (B, w, h, w) of each cell's surroundings.
 
-        x (B, C, h, w), its noise sigma (B,), slice level (B,), place (B, P, h, w).
+        x (B, C, h, w), h and w multiples of 8; its noise sigma (B,), slice level (B,).
         """
         angles = sigma.log()[:, None] * self.octaves * (math.pi / 4)  # (B, 8)
         known = angles.sin(), angles.cos(), level_features(level)
         e = self.embed(torch.cat(known, 1))  # (B, E)
         size = (1 + sigma.square()).sqrt()[:, None, None, None]  # sd of x
+        place = place_features(*x.shape[2:], x.device).expand(len(x), -1, -1, -1)
         x = torch.cat([x / size, place], 1).contiguous(memory_format=torch.channels_last)
-        full = self.blocks[0](self.first(x), e)  # (B, w, h, w)
-        half = self.blocks[1](self.down[0](full), e)  # (B, 2w, h/2, w/2)
-        y = self.blocks[3](self.blocks[2](self.down[1](half), e), e)  # (B, 2w, h/4, w/4)
-        y = self.blocks[4](self.up[0](y) + half, e)
-        return F.silu(self.blocks[5](self.up[1](y) + full, e))
+        n, passed = len(self.down), []
+        y = self.blocks[0](self.first(x), e)  # (B, w, h, w)
+        for down, block in zip(self.down, self.blocks[1 : n + 1], strict=True):
+            passed.append(y)
+            y = block(down(y), e)  # at last (B, 4w, h/8, w/8)
+        y = y + self.mean(F.silu(y).mean((2, 3)))[:, :, None, None]
+        y = self.blocks[n + 1](y, e)
+        for up, block in zip(self.up, self.blocks[n + 2 :], strict=True):
+            y = block(up(y) + passed.pop(), e)
+        return F.silu(y)
 
     def factors(self, features: Tensor, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Two factors, of cells (N, w + C + 2) and of codes (K, w + C + 2), float32.
@@ -118,19 +131,18 @@ class Denoiser(nn.Module):
         head = self.head.weight, self.head.bias[:, None]
         return of_cells, torch.cat([*head, self.points, squares / -2], 1)
 
-    def of_cells(self, rule: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor, *known):
-        """`rule` of the logits (N, K) of all cells of x (B, C, h, w): (B*h*w, ...).
-
-        known: level and place, as in `features`.
-        """
+    def of_cells(
+        self, rule: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor, level: Tensor
+    ):
+        """`rule` of the logits (N, K) of all cells of x (B, C, h, w): (B*h*w, ...)."""
         each = sigma.repeat_interleave(x.shape[2] * x.shape[3])[:, None]  # (B*h*w, 1)
-        features = cells(self.features(x, sigma, *known))  # (B*h*w, w)
+        features = cells(self.features(x, sigma, level))  # (B*h*w, w)
         with torch.autocast(x.device.type, enabled=False):  # |x - e|^2 / sigma^2 is large
             left, right = self.factors(features, cells(x), each)
             return torch.cat([rule(F.linear(part, right)) for part in left.split(1024)])
 
-    def forward(self, x: Tensor, sigma: Tensor, level: Tensor, place: Tensor) -> Tensor:
-        """Remove noise of sigma (B,) from x (B, C, h, w), h and w multiples of 4."""
+    def forward(self, x: Tensor, sigma: Tensor, level: Tensor) -> Tensor:
+        """Remove noise of sigma (B,) from x (B, C, h, w), h and w multiples of 8."""
         table = F.pad(self.points, (0, 1), value=1.0).T.contiguous()  # (C + 1, K)
 
         def mean(logits: Tensor) -> Tensor:
@@ -140,14 +152,14 @@ class Denoiser(nn.Module):
             return sums[:, :-1] / sums[:, -1:]
 
         B, C, h, w = x.shape
-        mean_of_each = self.of_cells(mean, x, sigma, level, place)  # (B*h*w, C)
+        mean_of_each = self.of_cells(mean, x, sigma, level)  # (B*h*w, C)
         return mean_of_each.view(B, h, w, C).permute(0, 3, 1, 2)
 
     def places(self, maps: Tensor) -> Tensor:
         """Index maps (B, h, w) -> x (B, C, h, w)."""
         return F.embedding(maps, self.points).permute(0, 3, 1, 2)
 
-    def restore(self, x: Tensor, noise: Tensor, level: Tensor, place: Tensor) -> Tensor:
+    def restore(self, x: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """Generated x (n, C, h, w) -> index maps (n, h, w) whose cells fit together.
 
         As SDEdit (Meng et al. 2022, arXiv:2108.01073): add enough noise to hide what is wrong,
@@ -164,7 +176,7 @@ class Denoiser(nn.Module):
         sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
         before, back = None, 0.0  # D in the step before, and that step's length in log sigma
         for now, then in pairwise(sigmas):
-            clean = self(x, x.new_full((len(x),), now), level, place)
+            clean = self(x, x.new_full((len(x),), now), level)
             step = math.log(now / then)
             change = 0 if before is None else (clean - before) / back
             ahead = clean + change * (step / (1 - then / now) - 1)
@@ -173,17 +185,15 @@ class Denoiser(nn.Module):
         if not torch.isfinite(x).all():
             raise FloatingPointError("the denoiser's input or output is not finite")
         last = x.new_full((len(x),), self.LEAST)
-        return self.of_cells(best, x, last, level, place).view(len(x), *x.shape[2:])
+        return self.of_cells(best, x, last, level).view(len(x), *x.shape[2:])
 
     def restorer(self, code_map: CodeMap, autocast=None) -> Callable:
         """`restore` for `modules.draw_maps`: of the generator's output, its noise and level."""
 
         def restore(u: Tensor, z: Tensor, level: Tensor) -> Tensor:
             x = self.places(code_map.decode(u)) if code_map.even else u / self.sd
-            corner = torch.tensor(code_map.crop[:2]).expand(len(x), 2)
-            place = place_features(corner, *x.shape[2:]).to(x)
             with autocast() if autocast else torch.autocast(u.device.type, enabled=False):
-                return self.restore(x, grain_of(z, *x.shape[1:]), level, place)
+                return self.restore(x, grain_of(z, *x.shape[1:]), level)
 
         return restore
 
@@ -191,8 +201,7 @@ class Denoiser(nn.Module):
 class NoisyBlock(nn.Module):
     """A residual block conditioned on noise and slice level. At its start, the identity.
 
-    Each cell is normalised over its channels (Ba et al. 2016, arXiv:1607.06450). Statistics
-    over a map would differ between whole maps and training crops, which hold less background.
+    Each cell is normalised over its channels (Ba et al. 2016, arXiv:1607.06450).
     """
 
     def __init__(self, width: int, embedding: int):
@@ -211,20 +220,15 @@ class NoisyBlock(nn.Module):
         return x + self.last(F.silu(y))
 
 
-def place_features(corner: Tensor, h: int, w: int) -> Tensor:
-    """Cosine and sine, in three octaves, of the cells' rows and columns: (B, P, h, w).
-
-    corner (B, 2) int64: row and column of the first cell in the whole map.
-    """
+def place_features(h: int, w: int, device) -> Tensor:
+    """Cosine and sine, in three octaves, of the cells' rows and columns: (P, h, w)."""
+    octaves = math.pi * 2.0 ** torch.arange(3, device=device)[:, None]
     sides = []
-    for first, n in zip(corner.T, (h, w), strict=True):
-        at = first[:, None] + torch.arange(n, device=corner.device)  # (B, n)
-        octaves = 2.0 ** torch.arange(3, device=corner.device)
-        angles = at[..., None] * octaves * (math.pi / MAP)  # (B, n, 3)
-        sides.append(torch.cat([angles.cos(), angles.sin()], 2).mT)  # (B, 6, n)
+    for n in (h, w):
+        angles = torch.arange(n, device=device) / n * octaves  # (3, n)
+        sides.append(torch.cat([angles.cos(), angles.sin()]))  # (6, n)
     rows, columns = sides
-    both = rows[..., None].expand(-1, -1, h, w), columns[:, :, None].expand(-1, -1, h, w)
-    return torch.cat(both, 1)
+    return torch.cat([rows[:, :, None].expand(-1, -1, w), columns[:, None].expand(-1, h, -1)])
 
 
 def grain_of(z: Tensor, *shape: int) -> Tensor:
@@ -242,26 +246,17 @@ def _grain(*shape: int) -> Tensor:
 
 
 def denoising_loss(
-    denoiser: Denoiser,
-    maps: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    level: Tensor,
-    corner: Tensor,
-    start=(0, 0),
+    denoiser: Denoiser, maps: Tensor, noise: Tensor, sigma: Tensor, level: Tensor, start=(0, 0)
 ) -> Tensor:
     """Cross-entropy (B,) in nats a cell of real maps (B, h, w), given their noisy version.
 
-    Dieleman et al. 2022, section 3. noise (B, C, h, w), white; sigma (B,); slice level (B,);
-    corner (B, 2) as in `place_features`. Every second cell each way counts, from `start` on:
-    neighbours teach nearly the same, and the logits of all cells would cost as much as the
-    network.
+    Dieleman et al. 2022, section 3. noise (B, C, h, w), white; sigma (B,); slice level (B,).
+    Every second cell each way counts, from `start` on: neighbours teach nearly the same, and
+    the logits of all cells would cost as much as the network.
     """
     x = denoiser.places(maps) + sigma[:, None, None, None] * noise  # (B, C, h, w)
     some = (slice(None), slice(start[0], None, 2), slice(start[1], None, 2))
-    place = place_features(corner, *x.shape[2:])
-    features = denoiser.features(x, sigma, level, place)
-    features = features.permute(0, 2, 3, 1)[some]  # (B, h/2, w/2, w)
+    features = denoiser.features(x, sigma, level).permute(0, 2, 3, 1)[some]  # (B, h/2, w/2, w)
     codes, x = maps[some].flatten(1), x.permute(0, 2, 3, 1)[some]
     with torch.autocast(x.device.type, enabled=False):
         each = sigma.repeat_interleave(codes.shape[1])[:, None]  # (N, 1)
@@ -279,7 +274,7 @@ def make_denoiser(config: Config) -> Denoiser:
 
 
 def train_denoiser(run: Run):
-    """Train on crops of real maps until `denoiser_kimg`.
+    """Train on real maps until `denoiser_kimg`.
 
     `denoiser_best.pt` holds the averaged weights of least validation loss.
     """
@@ -296,9 +291,8 @@ def train_denoiser(run: Run):
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
     muon = Muon(denoiser, config.denoiser_lr, betas=(0.9, 0.99))
     parts = {"denoiser": denoiser, "average": average, "muon": muon}
-    stage = Stage(
-        run, "denoiser", config.denoiser_kimg, config.gan_batch_size, parts, **real.link
-    )
+    n = config.denoiser_batch_size
+    stage = Stage(run, "denoiser", config.denoiser_kimg, n, parts, **real.link)
     step = device.Recorded(functools.partial(denoiser_step, denoiser, muon, config))
     while not stage.done:
         lr = stage.lr(config.denoiser_lr)
@@ -306,31 +300,21 @@ def train_denoiser(run: Run):
         batch, start = denoiser_batch(denoiser, real, stage)
         loss = step(*batch, start=start)
         half_life = min(1000 * config.denoiser_ema_kimg, 0.1 * stage.nimg)
-        update_average(average, denoiser, half_life, config.gan_batch_size)
+        update_average(average, denoiser, half_life, n)
         stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
     stage.progress.close()
 
 
 def denoiser_batch(denoiser: Denoiser, real: RealMaps, stage: Stage) -> tuple[tuple, tuple]:
-    """Inputs of `denoising_loss`, with crops of real maps (B, S, S); and its start.
-
-    S = crop_cells.
-    """
-    run, n, S = stage.run, stage.batch_size, stage.run.config.crop_cells
+    """Inputs of `denoising_loss`: real maps, noise, sigma and level; and its start."""
+    run, n = stage.run, stage.batch_size
     mine, draw = distributed.share(n), generator_of(run.seed, DENOISE, stage.step)
-    crop = real.code_map.crop
-    chosen = batch_rows(stage)
+    crop, chosen = real.code_map.crop, batch_rows(stage)
     maps = crop.cut(real.real_maps(run.data.train.rows[chosen]))  # (B, h, w)
-    ways = torch.tensor(crop.size) - S + 1  # places of a crop, along each side
-    corners = (torch.rand((n, 2), generator=draw) * ways).long()[mine]  # (B, 2)
-    places = device.sent(corners[..., None] + torch.arange(S), run.device)  # (B, 2, S)
-    each = torch.arange(len(maps), device=run.device)[:, None, None]
-    maps = maps[each, places[:, 0, :, None], places[:, 1, None, :]]  # (B, S, S)
-    noise = torch.randn((n, denoiser.channels, S, S), generator=draw)[mine]
-    sigma = denoiser.sigmas(torch.rand(n, generator=draw)[mine] ** run.config.sigma_power)
+    noise = torch.randn((n, denoiser.channels, *crop.size), generator=draw)[mine]
+    sigma = denoiser.sigmas(torch.rand(n, generator=draw)[mine])
     start = torch.randint(2, (2,), generator=draw).tolist()
-    corners += torch.tensor(crop[:2])
-    rest = (device.sent(x, run.device) for x in (noise, sigma, real.levels[chosen], corners))
+    rest = (device.sent(x, run.device) for x in (noise, sigma, real.levels[chosen]))
     return (maps, *rest), tuple(start)
 
 
@@ -362,12 +346,11 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
     noise = torch.randn((len(rows), average.channels, *maps.shape[1:]), generator=draw)
     sigma = average.sigmas(torch.linspace(0, 1, len(rows)))
     level = real.told(validation.levels[rows])
-    corner = torch.tensor(code_map.crop[:2]).expand(len(rows), 2)
 
     def losses(*inputs: Tensor) -> Tensor:
         parts = zip(*(x.to(maps.device).split(32) for x in inputs), strict=True)
         return torch.cat([denoising_loss(average, *part) for part in parts])
 
-    loss = distributed.in_shares(losses, maps, noise, sigma, level, corner).mean().item()
+    loss = distributed.in_shares(losses, maps, noise, sigma, level).mean().item()
     stage.offer(loss, denoiser=average)
     return {"loss_validation": loss}

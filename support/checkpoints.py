@@ -20,7 +20,7 @@ from support.device import is_out_of_memory
 from support.files import cannot_write, replacing
 from support.messages import warn
 
-FORMAT = 3  # raised when this code could misread older checkpoints
+FORMAT = 4  # raised when this code could misread older checkpoints
 OTHER_VERSION = "saved by another version of this project; choose another --out and train anew"
 
 

@@ -674,12 +674,7 @@ def fitted(points, shares) -> tuple[Denoiser, torch.Tensor]:
     return denoiser, denoiser.points[used].double()
 
 
-def known(x: torch.Tensor, level=0.5, corner=(0, 0)) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a denoiser is told about maps x (B, C, h, w): slice levels and places."""
-    corners = torch.tensor(corner).expand(len(x), 2)
-    return torch.full((len(x),), float(level)), place_features(corners, *x.shape[2:])
-
-
+LEVELS = torch.full((3,), 0.5)
 PLACES, SHARES = [[0.0, 1.0], [1.0, 0.0], [-2.0, 5.0], [0.1, 1.0]], [60, 25, 10, 5]
 
 
@@ -707,15 +702,14 @@ def test_an_untrained_denoiser_is_bayes_rule_without_neighbours(sigma):
     """The prior is the codes' shares, the likelihood that of Gaussian noise."""
     denoiser, places = fitted(PLACES, SHARES)
     share = torch.tensor(SHARES).double() / 100
-    ranks = torch.multinomial(share.float(), 3 * 8 * 12, replacement=True).view(3, 8, 12)
-    noise, sigma = torch.randn(3, 4, 8, 12), torch.full((3,), sigma)
+    ranks = torch.multinomial(share.float(), 3 * 8 * 16, replacement=True).view(3, 8, 16)
+    noise, sigma = torch.randn(3, 4, 8, 16), torch.full((3,), sigma)
     x = places[ranks].permute(0, 3, 1, 2) + sigma[0] * noise
-    near = (x.permute(0, 2, 3, 1)[..., None, :] - places).square().sum(-1)  # (3, 8, 12, 4)
+    near = (x.permute(0, 2, 3, 1)[..., None, :] - places).square().sum(-1)  # (3, 8, 16, 4)
     posterior = (share.log() - near / (2 * sigma[0] ** 2)).softmax(-1)
     with torch.no_grad():
-        found = denoiser(x.float(), sigma, *known(x))
-        told = torch.full((3,), 0.5), torch.zeros(3, 2).long()
-        loss = denoising_loss(denoiser, 2 * ranks + 1, noise, sigma, *told, (1, 0))
+        found = denoiser(x.float(), sigma, LEVELS)
+        loss = denoising_loss(denoiser, 2 * ranks + 1, noise, sigma, LEVELS, (1, 0))
     assert (found - (posterior @ places).permute(0, 3, 1, 2)).abs().max() < 1e-4
     surprise = -posterior.gather(-1, ranks[..., None])[..., 0].log()
     assert (loss - surprise[:, 1::2, ::2].mean((1, 2))).abs().max() < 1e-3
@@ -733,7 +727,7 @@ def test_restoring_solves_the_equation_exactly_without_neighbours(most, steps, w
     ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 64, 64)
     noise = torch.randn(2, 4, 64, 64)
     with torch.no_grad():
-        found = denoiser.restore(denoiser.places(2 * ranks + 1), noise, *known(noise))
+        found = denoiser.restore(denoiser.places(2 * ranks + 1), noise, LEVELS[:2])
     x = places[ranks] + most * noise[:, 0]
     quantile = (shares * torch.special.ndtr((x[..., None] - places) / most)).sum(-1)
     wanted = 2 * torch.bucketize(quantile, shares.cumsum(0)[:2]) + 1
@@ -761,33 +755,34 @@ def some_denoiser() -> Denoiser:
     return denoiser
 
 
-def test_a_denoised_cell_depends_on_its_neighbourhood_only():
-    # It learns from crops, so cells farther away must not matter.
-    denoiser, sigma = some_denoiser(), torch.tensor([0.5])
-    x = torch.randn(1, 3, 96, 16)
+def test_a_denoised_cell_depends_on_the_whole_map():
+    """By the mean of features over the map: convolutions do not reach this far."""
+    denoiser, sigma, x = some_denoiser(), torch.tensor([2.0]), torch.randn(1, 3, 256, 16)
     other = x.clone()
-    other[:, :, 64:] = 5.0
-    with torch.no_grad():
-        apart = denoiser(x, sigma, *known(x)) - denoiser(other, sigma, *known(x))
-    apart = apart.abs().amax((0, 1, 3))
-    assert apart[:24].max() < 1e-5 < 1e-3 < apart[60:64].max()
+    other[:, :, 248:] = 5.0
+    for std, low, high in ((0.0, 0, 1e-5), (1.0, 1e-3, 1e3)):
+        torch.nn.init.normal_(denoiser.mean.weight, std=std)
+        with torch.no_grad():
+            apart = [denoiser.features(y, sigma, LEVELS[:1])[:, :, :16] for y in (x, other)]
+        assert low <= (apart[0] - apart[1]).abs().max() < high
 
 
-def test_the_denoiser_is_told_slice_level_and_place():
+def test_the_denoiser_is_told_noise_level_and_place():
     denoiser, sigma, x = some_denoiser(), torch.tensor([2.0]), torch.randn(1, 3, 16, 16)
     with torch.no_grad():
-        asked = denoiser(x, sigma, *known(x))
-        for other in (known(x, level=0.9), known(x, level=math.nan), known(x, corner=(8, 20))):
-            assert (denoiser(x, sigma, *other) - asked).abs().max() > 1e-4
+        asked = denoiser.features(x, sigma, LEVELS[:1])
+        for told in ((3.0, 0.5), (2.0, 0.9), (2.0, math.nan)):
+            found = denoiser.features(x, *torch.tensor(told).split(1))
+            assert (found - asked).abs().max() > 1e-4
+        denoiser.first.weight[:, 3:] = 0
+        assert (denoiser.features(x, sigma, LEVELS[:1]) - asked).abs().max() > 1e-4
 
 
-def test_places_are_those_of_the_whole_map():
-    whole = place_features(torch.tensor([[0, 0]]), 64, 64)
-    part = place_features(torch.tensor([[0, 0], [5, 30]]), 16, 20)
-    torch.testing.assert_close(part[1], whole[0, :, 5:21, 30:50])
-    assert torch.pdist(whole[0].flatten(1).T).min() > 0.01  # all places differ
+def test_places_differ():
+    places = place_features(64, 48, "cpu")
+    assert torch.pdist(places.flatten(1).T).min() > 0.01
     angle = torch.tensor(2 * math.pi * 7 / 64)  # second octave of row 7
-    torch.testing.assert_close(whole[0, 1, 7], angle.cos().expand(64))
+    torch.testing.assert_close(places[1, 7], angle.cos().expand(48))
 
 
 @pytest.mark.parametrize(
@@ -804,9 +799,8 @@ def test_samples_pass_through_the_denoiser(order, stretched):
     alone = draw_maps(G, code_map, noise, level)
     with torch.no_grad():
         x = denoiser.places(SMALL.cut(alone)) if bounded else G(noise, level) / denoiser.sd
-        _, place = known(x, corner=SMALL[:2])
         told = level if G.conditional else torch.full_like(level, math.nan)
-        restored = denoiser.restore(x, grain_of(noise, 3, *SMALL.size), told, place)
+        restored = denoiser.restore(x, grain_of(noise, 3, *SMALL.size), told)
     assert torch.equal(SMALL.cut(maps), restored) and not torch.equal(maps, alone)
 
 
