@@ -212,21 +212,17 @@ class Config:
     monitor_samples: int = detail(
         256, "samples behind fd_validation in log.csv", low=8, high=10**5
     )
-    collapsed_below: float = detail(
-        0.1, "diversity that counts as collapse, after a quarter of the steps", low=0, high=1
-    )
     gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
     gan_kimg: float = option(
-        40.0, "training length, thousands of maps seen", low=0.001, high=1e7
+        63.0, "training length, thousands of maps seen", low=0.001, high=1e7
     )
-    stop_collapsed: bool = outside(False, "end a run whose samples are nearly alike (exit 6)")
 
     denoiser_lr: float = detail(3e-3, "learning rate of the denoiser", low=1e-8, high=1)
     denoiser_ema_kimg: float = detail(
         2.0, "half-life of its weight average, thousands of maps", low=0, high=1e5
     )
     denoiser_kimg: float = option(
-        32.0, "training length, thousands of maps seen; 0: none", low=0, high=1e7,
+        20.0, "training length, thousands of maps seen; 0: none", low=0, high=1e7,
         heading="denoiser (Karras et al. 2022, arXiv:2206.00364)",
     )  # fmt: skip
     denoiser_batch_size: int = option(16, "maps per step", low=1, high=65536)
@@ -286,7 +282,7 @@ PRESETS = {
         "denoiser_kimg": 1.0, "samples": 64,
     },
     "long": {
-        "vqvae_kimg": 27.0, "decoder_kimg": 16.0, "gan_kimg": 120.0, "denoiser_kimg": 120.0,
+        "vqvae_kimg": 27.0, "decoder_kimg": 16.0, "gan_kimg": 160.0, "denoiser_kimg": 80.0,
     },
     "full": {
         "widths": (64, 32, 16, 32), "batch_size": 64, "vqvae_kimg": 193.28,

@@ -17,7 +17,7 @@ import torch
 from config import Config, Exit, UserError
 from loading import embedded
 from loading.cache import cached, check_skipped, decoded, ends_by_series, remove_stale
-from loading.decoding import Unreadable, peak_16bit, read_file, read_image
+from loading.decoding import Unreadable, peak_16bit, read_file
 from loading.sources import PARTS, Item, assign_parts, find, stable_hash
 from support import distributed
 from support.messages import printable, say, warn
@@ -80,7 +80,6 @@ class Data:
     test: BrainSlices
     images: np.ndarray
     fingerprint: str
-    embedded: bool
     stamp: str  # printed on every report and figure; "" for the embedded set
     report: dict  # plain JSON types
 
@@ -209,19 +208,9 @@ def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlice
     names, series = np.repeat(names, counts), np.repeat(series, counts)
     levels = _levels(series) if subjects else np.full(len(images), np.nan)
     who = f" of {len(set(names.tolist())):,} subjects" if subjects else ""
-    say(f"{printable(path)}: {len(images):,} slices{who}{_sizes_of(kept)}")
+    say(f"{printable(path)}: {len(images):,} slices{who}")
     _say_notes(report)
     return BrainSlices(images, np.arange(len(images)), names, levels)
-
-
-def _sizes_of(items: list[Item]) -> str:
-    """Say how images, at most 64 of them, were brought to 256x256; "" if they had that size."""
-    chosen = [items[i] for i in evenly(len(items), 64) if not items[i].is_volume]
-    sizes = sorted({read_image(item.path.read_bytes()).shape for item in chosen})
-    if sizes in ([], [(256, 256)]):
-        return ""
-    shown = ", ".join(f"{height}x{width}" for height, width in sizes[:5])
-    return f", {shown}, centred in 256x256 (smaller than 129 or larger than 256: resized)"
 
 
 def _check_pixels(images: np.ndarray):
@@ -261,7 +250,6 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
     report |= {
         "subjects": {part: len(set(splits[part].subjects.tolist())) for part in PARTS},
         "slices": {part: len(splits[part]) for part in PARTS},
-        "overlap": [],  # always empty: an overlap has raised UserError
         "fingerprint": fingerprint,
     }
     if len(images) >= 64 and np.isnan(levels).all():
@@ -274,7 +262,6 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
         **splits,
         images=images,
         fingerprint=fingerprint,
-        embedded=not config.data,
         stamp="; ".join(stamps),
         report=report,
     )

@@ -410,8 +410,6 @@ def train_dcgan(run: Run):
         half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
         update_average(gan.average, gan.G, half_life, config.gan_batch_size)
         stage.after_step(values, lambda: monitor.measure(stage), lr)
-        if config.stop_collapsed:
-            monitor.check_diversity(stage)
     stage.progress.close()
 
 
@@ -444,8 +442,6 @@ def dcgan_step(
 
 class Monitor:
     """Measures samples during the DCGAN's training: collapse, distance to validation slices."""
-
-    diversity = math.nan  # as last measured
 
     @torch.no_grad()
     def __init__(self, gan: Gan):
@@ -482,25 +478,19 @@ class Monitor:
         n = self.n if full else 64
         draw = functools.partial(modules.draw_maps, gan.average, gan.code_map)
         maps = distributed.in_shares(draw, *(part[:n] for part in self.noise))
-        self.diversity = mean_distance(gan.code_map.encode(maps[:64])) / self.real_spread
-        values = {"diversity": self.diversity}
+        diversity = mean_distance(gan.code_map.encode(maps[:64])) / self.real_spread
+        values = {"diversity": diversity}
         if full:
             features = distributed.in_shares(self.features_of, maps)
             score = metrics.frechet_distance(features, self.real) / self.floor
             values["fd_validation"] = score
             stage.offer(score, gan.run.config.gan_tolerance, generator=gan.average)
+            if stage.done and diversity < 0.1:
+                messages.warn(
+                    f"the samples of seed {stage.run.seed} are nearly alike: diversity "
+                    f"{diversity:.3f} (real maps: 1); try another --seed or a larger --gamma"
+                )
         return values
-
-    def check_diversity(self, stage: Stage):
-        """Raise UserError (exit 6) if the samples are nearly alike."""
-        least = stage.run.config.collapsed_below
-        if self.diversity < least and stage.step > stage.steps / 4:
-            raise UserError(
-                Exit.DIVERGED,
-                f"dcgan collapsed: diversity {self.diversity:.3f} (real maps: 1) at "
-                f"{stage.nimg} maps seen of seed {stage.run.seed}. Try another --seed or a "
-                "larger --gamma; without --stop-collapsed, in another --out, training goes on",
-            )
 
 
 def mean_distance(u: Tensor) -> float:

@@ -54,7 +54,7 @@ def decoded(config: Config, items: list[Item]) -> tuple[np.ndarray, str, list]:
     fingerprint = _seen_fingerprint(seen)
     if fingerprint and (found := _load(cache / f"{fingerprint}.npy", len(items))):
         return found[0], fingerprint, found[1]
-    check_skipped(config, items, list(map(_header_problem(config.axis), items)))
+    check_skipped(config, items, [_header_problem(item, config.axis) for item in items])
     digests, peaks = zip(*_pooled(items, _survey, "reading"), strict=True)
     names = [item.name for item in items]
     fingerprint = stable_hash(settings, list(zip(names, digests, strict=True)))
@@ -101,18 +101,14 @@ def ends_by_series(items: list[Item], axis: int) -> Callable[[Item], Ends | None
     return lambda item: series_ends(tuple(s), axis) if (s := scans.get(item.series)) else None
 
 
-def _header_problem(axis: int) -> Callable[[Item], int | str]:
-    """Return a function that checks an item's header: why it cannot be used, else 0."""
-
-    def problem(item: Item) -> int | str:
-        if item.is_volume:
-            try:
-                check_head_size(open_volume(item.path, axis))
-            except Unreadable as found:
-                return str(found)
-        return 0
-
-    return problem
+def _header_problem(item: Item, axis: int) -> int | str:
+    """Return why an item's header cannot be used, else 0."""
+    if item.is_volume:
+        try:
+            check_head_size(open_volume(item.path, axis))
+        except Unreadable as problem:
+            return str(problem)
+    return 0
 
 
 def _seen_fingerprint(path: Path) -> str | None:
@@ -150,14 +146,8 @@ def cached(config, fingerprint, jobs, work, label, check=None) -> tuple[np.ndarr
         return found
     if path.exists():
         warn(f"the cache {path} is damaged or of other data; making it again")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(
-            Exit.WRITE,
-            f"cannot make the cache {path.parent}: {problem.strerror}; give another --cache",
-        ) from None
     with replacing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
         table = _write_slices(temporary, jobs, work, label)
         if check:
             check(table)

@@ -85,9 +85,6 @@ _SEGMENTATION = re.compile(
     r"(?<![a-z])(?:[adfw]?m?(?:seg|parc)(?:s|ment\w*)?|probseg|(?:brain)?masks?|labels?|ribbon|rois?"
     r"|annotations?|ground_?truths?)(?:tr|ts|train|val|test)?\d*(?![a-z])"
 )
-# each match contains one of these
-_SEGMENTATION_WORDS = ("seg", "label", "mask", "parc", "ribbon", "roi", "annot", "truth")
-_SESSION = re.compile(r"OAS1_\d{4}_MR\d", re.I)
 # If a tree has several of these, only the first in this list is used.
 _PREFERRED = (
     ("OASIS-1 in Talairach space", re.compile(r"_t88_masked_gfc\.hdr$", re.I)),
@@ -106,9 +103,9 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
         if root.suffix.lower() in ARCHIVES:
             problem += ": unpack it, and give the folder"
         raise UserError(Exit.DATA, f"--data {printable(root)} {problem}; {LAYOUTS}")
-    ignored, sessions = Counter(), set()
+    ignored = Counter()
     # Sorted twice: names that are equal in natural order (z1, z01) need a fixed order too.
-    names = sorted(sorted(_walk(root, ignored, sessions)), key=_natural)
+    names = sorted(sorted(_walk(root, ignored)), key=_natural)
     names, kind = _raw_scans(names, ignored)
     if not names:
         held = ", ".join(f"{n:,} {what}" for what, n in ignored.items()) or "nothing"
@@ -119,15 +116,12 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
         notes.append(assign_subjects(items, config))
         items = _one_scan_a_session(items, ignored)
     _assign_series(items)
-    if kind.startswith("OASIS-1"):
-        found = {match.group().upper() for match in map(_SESSION.search, names) if match}
-        notes.append(f"found {len(found)} of {len(sessions | found)} sessions")
     ignored = {printable(what): count for what, count in ignored.items()}
     report = {"source": kind, "root": printable(root), "ignored": ignored, "notes": notes}
     return items, report
 
 
-def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
+def _walk(root: Path, ignored: Counter) -> Iterator[str]:
     """Yield names of images and volumes below `root`; count all other files in `ignored`."""
     seen, folders = set(), [("", False)]
     while folders:
@@ -144,13 +138,12 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
             continue
         for entry in entries:
             name, lower = entry.name, entry.name.lower()
-            segmentation = in_segmentations or _is_segmentation(lower)
+            segmentation = in_segmentations or bool(_SEGMENTATION.search(lower))
             below = f"{folder}/{name}" if folder else name
             if _JUNK.match(name):
                 ignored["system files"] += 1
             elif (kind := _kind(entry)) == "folder":
                 folders.append((below, segmentation))
-                sessions.update(match.upper() for match in _SESSION.findall(name))
             elif not lower.endswith(IMAGES + VOLUMES):
                 if not lower.endswith(".img"):  # counted with its .hdr
                     ignored[_unread(root / below)] += 1
@@ -162,13 +155,6 @@ def _walk(root: Path, ignored: Counter, sessions: set) -> Iterator[str]:
                 ignored["contact sheets"] += 1
             else:
                 yield below
-
-
-def _is_segmentation(lower: str) -> bool:
-    """Whether a file name says so. Plain substrings first: the pattern is slow."""
-    return any(word in lower for word in _SEGMENTATION_WORDS) and bool(
-        _SEGMENTATION.search(lower)
-    )
 
 
 def _kind(entry: os.DirEntry) -> str:
@@ -257,26 +243,22 @@ def _one_scan_a_session(items: list[Item], ignored: Counter) -> list[Item]:
     """Keep one volume of each session of a subject: no variant if possible, then the first."""
     if not items[0].is_volume:
         return items
+
+    def rank(item: Item) -> tuple:  # variants last, FreeSurfer's T1 after its norm
+        return bool(_VARIANT.search(item.name)), item.name.endswith("/T1.mgz")
+
     sessions = defaultdict(list)
     for item in items:
         sessions[item.subject, _session(item)].append(item)
     kept = set()
     for scans in sessions.values():
-        if len(scans) > 1 and _is_slice(scans[0]):
-            kept.update(item.name for item in scans)
-            continue
-        first = min(scans, key=_rank)
-        kept.add(first.name)
+        slices = len(scans) > 1 and _is_slice(scans[0])
+        kept.update(item.name for item in (scans if slices else [min(scans, key=rank)]))
         for item in scans:
-            if item is not first:
+            if item.name not in kept:
                 variant = _VARIANT.search(item.name)
                 ignored["variants of a scan" if variant else "repeated scans of a session"] += 1
     return [item for item in items if item.name in kept]
-
-
-def _rank(item: Item) -> tuple:
-    """Sort key of the scans of a session: variants last, FreeSurfer's T1 after its norm."""
-    return bool(_VARIANT.search(item.name)), item.name.endswith("/T1.mgz")
 
 
 def _session(item: Item) -> str:
@@ -327,10 +309,6 @@ def assign_subjects(items: list[Item], config: Config) -> str:
 
 def _assign_series(items: list[Item]):
     """Set the name that the slices of one scan share; a volume's is its own."""
-    if items[0].subject.startswith(SLICE_KEY):
-        for item in items:
-            item.series = item.name
-        return
     shared = people.series([item.name for item in items], [item.subject for item in items])
     members = defaultdict(list)
     for item, name in zip(items, shared, strict=True):

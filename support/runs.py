@@ -16,13 +16,7 @@ from pathlib import Path
 from config import Config, Exit, UserError
 from support import distributed
 from support.checkpoints import FORMAT, OTHER_VERSION, differing, reading
-from support.files import (
-    cannot_write,
-    check_writable,
-    read_json,
-    remove_temporaries,
-    write_json,
-)
+from support.files import check_writable, read_json, remove_temporaries, write_json
 from support.messages import say, warn
 
 RUNS = Path("runs")  # parent of the results folders of commands without --out
@@ -105,10 +99,7 @@ def results_folder(
         first = _unless_another(folder, mine)["seed"]
     else:
         first = config.seed
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise cannot_write(folder, problem) from None
+        folder.mkdir(parents=True, exist_ok=True)
         about = {"seed": first, "preset": config.preset, "format": FORMAT}
         write_json(folder / "config.json", mine | about)
     if seed_given:
@@ -215,11 +206,7 @@ def new_folder(parent: Path, name: str) -> Path:
     """Make and return `parent/name`, or `parent/name-2` ... if it exists. Safe in a race."""
     for number in range(1, 10_000):
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            continue
-        except OSError as problem:
-            raise cannot_write(folder, problem) from None
     raise UserError(Exit.WRITE, f"no free name for {parent / name}; choose another --out")

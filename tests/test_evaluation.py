@@ -42,7 +42,7 @@ def data():
         start += n
     images = np.concatenate(pixels)
     made = {part: BrainSlices(images, *columns) for part, columns in splits.items()}
-    return Data(**made, images=images, fingerprint="f", embedded=False, stamp="", report={})
+    return Data(**made, images=images, fingerprint="f", stamp="", report={})
 
 
 def run_of(drawn: np.ndarray):

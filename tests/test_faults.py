@@ -405,7 +405,7 @@ def test_out_of_memory_is_exit_8_and_suggests_half_of_the_batch(slices, tmp_path
         ("codes", "out of memory"),
         ("decoder", "--batch-size 4"),
         ("dcgan", "--gan-batch-size 4"),
-        ("denoiser", "--gan-batch-size 4"),
+        ("denoiser", "--denoiser-batch-size 8"),
     ],
 )
 def test_a_stage_that_runs_out_of_memory_names_its_own_option(

@@ -121,7 +121,7 @@ def the_data(images: np.ndarray, stamp: str = "", **found) -> Data:
         "source": "embedded set", "root": "", "split": "by subject", "notes": [], "ignored": {},
         "skipped": [], "subjects": counts, "slices": counts, "fingerprint": "f", **found,
     }  # fmt: skip
-    return Data(*splits, images, "f", not stamp, stamp, found)
+    return Data(*splits, images, "f", stamp, found)
 
 
 def done(seed: int, rank: int, score: float) -> dict:

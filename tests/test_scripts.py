@@ -47,8 +47,7 @@ def test_only_paths_device_seeds_and_what_follows_training_are_outside_the_ident
     """So a new field of `Config` makes another run, unless it is added to this list."""
     outside = {f.name for f in fields(Config)} - set(Config().identity())
     assert outside == {
-        "preset", "data", "out", "cache", "device", "threads", "seed", "runs", "stop_collapsed",
-        "samples",
+        "preset", "data", "out", "cache", "device", "threads", "seed", "runs", "samples",
     }  # fmt: skip
 
 
@@ -171,7 +170,8 @@ def test_the_driver_writes_what_the_readme_lists(finished):
     assert 'id="generated"' in page and "mean (sd)" in page and PRIVATE in page
     assert len(re.findall("^seed 0: done", done.stdout, re.M)) == 2  # after each run
     assert len(re.findall("^seed 1: unfinished", done.stdout, re.M)) == 1
-    assert "24 subjects" in done.stdout and "warning" not in done.stderr
+    assert "24 subjects" in done.stdout
+    assert done.stderr.count("warning") == done.stderr.count("nearly alike")  # after ten steps
     assert not [p for p in where.rglob("*") if "tmp" in p.name]
 
 
