@@ -19,24 +19,17 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def level(text: str) -> float:
-    """A slice level, for argparse."""
+def level(text: str) -> float | str:
+    """A slice level, or "sweep", for argparse."""
+    if text == "sweep":
+        return text
     try:
         value = float(text)
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed are 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are 0 to 1, and sweep")
     return value
-
-
-def level_or_sweep(text: str) -> float | str:
-    if text == "sweep":
-        return text
-    try:
-        return level(text)
-    except argparse.ArgumentTypeError as problem:
-        raise argparse.ArgumentTypeError(f"{problem}, and sweep") from None
 
 
 def parse():
@@ -70,19 +63,17 @@ def parse():
             help=f"[{folder}/ in the run's folder; for an export, in runs/]",
         )
     generate.add_argument(
-        "--level", type=level_or_sweep, metavar="LEVEL",
+        "--level", type=level, metavar="LEVEL",
         help="slice level, 0 lowest to 1 highest; sweep: --n levels of one subject "
         "[distributed as in the training split]",
     )  # fmt: skip
     generate.add_argument(
         "--volume", action="store_true", help="stack --level sweep into volume.nii.gz"
     )
-    walk.add_argument("--level", type=level, help="slice level, 0 to 1 [that of sample 0]")
     reconstruct.add_argument("--data", required=True, help="file or folder to encode")
     reconstruct.add_argument("--out", default="", help="[reconstructed/ in the run's folder]")
     add_options(reconstruct, ("slices", "axis"))
-    as_trained = {"data": "as trained", "cache": "as trained", "samples": "as trained"}
-    add_options(evaluate, ("data", "cache", "samples"), **as_trained)
+    add_options(evaluate, ("data", "cache"), data="as trained", cache="as trained")
     export.add_argument("--out", required=True, help="a new folder, or an earlier export's")
     score.add_argument("real", metavar="REAL_DIR", help="real slices or volumes")
     score.add_argument("fake", metavar="FAKE_DIR", help="generated slices")
@@ -211,20 +202,10 @@ class TrainedRun:
             raise ValueError("this run is not conditioned on slice level")
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Slices (n, 1, 256, 256) [0,1] -> index maps (n, 64, 64)."""
-        return self.vqvae.encode(images)
-
-    @torch.no_grad()
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Slices (n, 1, 256, 256) [0,1] -> index maps (n, 64, 64), slices of equal shape."""
-        maps = self.encode(images)
-        return maps, self.decode(maps)
-
-    @torch.no_grad()
-    def decode(self, maps: Tensor) -> Tensor:
-        """Index maps (n, h, w), of any size -> slices (n, 1, 4h, 4w) [0,1]."""
-        return self.vqvae.decode(maps)
+        maps = self.vqvae.encode(images)
+        return maps, self.vqvae.decode(maps)
 
     def ranks(self, maps: Tensor) -> np.ndarray:
         """Index maps as ranks 0..U-1, for pictures: similar ranks are similar codes."""
@@ -379,7 +360,10 @@ def place_for(arguments, run: TrainedRun, name: str) -> Path:
 
 def generate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 1)
-    check_level(run, arguments.level)
+    if arguments.level is not None and not run.conditional:
+        raise UserError(
+            Exit.USAGE, "--level: this run is not conditioned on slice level; leave --level out"
+        )
     if arguments.volume:
         if arguments.level != "sweep":
             raise UserError(Exit.USAGE, "--volume stacks a --level sweep: give both")
@@ -403,18 +387,10 @@ def generate_command(run: TrainedRun, arguments):
 
 def interpolate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 2)
-    check_level(run, arguments.level)
     folder = place_for(arguments, run, "interpolated")
-    steps, images = run.walk(arguments.n, arguments.seed, arguments.level)
+    steps, images = run.walk(arguments.n, arguments.seed)
     write_slices(folder, iter([images]))
     write_strip(folder, images, [f"{v:.2f}" for v in steps.tolist()], run.stamp)
-
-
-def check_level(run: TrainedRun, level):
-    if level is not None and not run.conditional:
-        raise UserError(
-            Exit.USAGE, "--level: this run is not conditioned on slice level; leave --level out"
-        )
 
 
 def check_n(n: int, least: int):
@@ -425,13 +401,11 @@ def check_n(n: int, least: int):
 def reconstruct_command(run: TrainedRun, arguments):
     given = {k: getattr(arguments, k) for k in ("slices", "axis") if k in arguments}
     slices = torch.from_numpy(read_slices(arguments.data, replace(run.config, **given)))
-    shown, scores = [], []  # of the first 8 slices; of all
+    scores = []
 
     def parts() -> Iterator[Tensor]:
         for images in map(unit_range, slices.split(128)):
-            maps, outputs = run.reconstruct(images)
-            if not shown:
-                shown.extend([images[:8], run.ranks(maps[:8]), outputs[:8]])
+            outputs = run.reconstruct(images)[1]
             scores.append(metrics.ssim(images, outputs))
             yield outputs
 
@@ -439,13 +413,8 @@ def reconstruct_command(run: TrainedRun, arguments):
     write_slices(folder, parts())
     similarity = torch.cat(scores)
     messages.say(f"SSIM {similarity.mean():.4f} (sd {similarity.std(correction=0):.4f})")
-    (originals, ranks, outputs), used = shown, len(run.code_map.used)
-    originals, outputs = originals[:, 0].numpy(), outputs[:, 0].numpy()
-    values = similarity[:8].tolist()
-    files.save_figure(
-        folder / "comparison.png",
-        lambda: figures.reconstructions(originals, ranks, outputs, values, used, run.stamp),
-    )
+    some = unit_range(slices[:8])
+    files.save_figure(folder / "comparison.png", lambda: report.reconstructions(run, some))
 
 
 def export_command(run: TrainedRun, arguments):
@@ -464,7 +433,7 @@ def check_own(run: TrainedRun):
 
 def evaluate_command(run: TrainedRun, arguments):
     check_own(run)
-    given = {k: getattr(arguments, k) for k in ("data", "cache", "samples") if k in arguments}
+    given = {k: getattr(arguments, k) for k in ("data", "cache") if k in arguments}
     run.config = replace(run.config, **given)
     for stage, kimg in run.trained.items():
         if stage == "vqvae":
@@ -480,32 +449,22 @@ def evaluate_command(run: TrainedRun, arguments):
         data = open_data(run.config)
         result = evaluate_and_save(run, data)
         if ours and (folder / "results.json").exists():  # stages by hand write none
-            if is_own_number(run):
-                rows = results.rows_in(folder)
-                rows[run.seed] = results.scored_row(result)
-                results.write(folder, rows)
+            rows = results.rows_in(folder)
+            rows[run.seed] = results.scored_row(result)
+            results.write(folder, rows)
             save_report(folder, data, str(run.device))
-
-
-def is_own_number(run: TrainedRun) -> bool:
-    """Whether it is scored with the number of samples that it was trained with."""
-    saved = files.read_json(run.folder / "config.json")["config"]
-    return run.config.samples == saved["samples"]
 
 
 def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
     """Write scores and figures of a finished run into its folder; print the table.
 
-    metrics.json is written last, since it marks the run as finished. Scores with another number
-    of samples have another unit and go to metrics-N.json.
+    metrics.json is written last, since it marks the run as finished.
     """
-    name = "metrics.json" if is_own_number(run) else f"metrics-{run.config.samples}.json"
-    result, scorer = evaluate(run, data)
+    result = evaluate(run, data)
     messages.say(table(result))
     with files.warning_only("drawing figures"):
-        rows = files.Log(run.folder / "log.csv").rows()
-        report.save_figures(run, data, scorer, result, rows)
-    files.write_json(run.folder / name, result)
+        report.save_figures(run, data, files.Log(run.folder / "log.csv").rows())
+    files.write_json(run.folder / "metrics.json", result)
     return result
 
 

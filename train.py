@@ -450,7 +450,7 @@ class Monitor:
         self.network = metrics.RandomFeatures()
         train, validation = run.data.train, run.data.validation
         n = min(config.monitor_samples, len(validation), len(train) // 2)
-        self.floor, self.n = metrics.relative_floor(self.features(train, 4 * n), n)
+        self.floor, self.n = metrics.relative_floor(self.features(train, 4 * n), n), n
         self.real = self.features(validation, self.n)
         maps = gan.real_maps(train.rows[evenly(len(train), 64)])
         self.real_spread = mean_distance(gan.code_map.encode(maps))

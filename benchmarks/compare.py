@@ -128,7 +128,7 @@ class Given:
     def decoded(self, maps: Tensor) -> Tensor:
         """Cropped index maps (n, h, w) -> slices (n, 1, 256, 256)."""
         code_map = self.run.code_map
-        return self.run.decode(code_map.crop.paste(maps, code_map.background))
+        return self.run.vqvae.decode(code_map.crop.paste(maps, code_map.background))
 
     def steps(self, lr: float, *optimizers, share: float = 1.0) -> Iterator[int]:
         """Steps for `share` of the time; the rate falls with the time, along a cosine."""

@@ -73,11 +73,9 @@ IMAGE_MEASURES = {
 
 def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
     """Mean and sd of each score over all test slices; and scores of the codebook."""
-    used = set()
 
     def measure(images: Tensor) -> Tensor:
-        maps, outputs = run.reconstruct(images)
-        used.update(maps.unique().tolist())
+        outputs = run.reconstruct(images)[1]
         return torch.stack([f(images, outputs) for f in IMAGE_MEASURES.values()], 1)
 
     values = dict(zip(IMAGE_MEASURES, in_parts(measure, test).T, strict=True))  # (n,) each
@@ -86,16 +84,14 @@ def score_reconstruction(run, test: BrainSlices) -> tuple[dict, dict]:
         for name, value in values.items()
     }
     result |= {"n": len(test), "share_above_0.6": (values["ssim"] > 0.6).float().mean().item()}
-    fixed, entropy = metrics.bits_per_pixel(run.counts.numpy(), run.config.codes)
     total = metrics.perplexity(run.counts)
     codebook = {
         "codes": run.config.codes,
         "used": int((run.counts > 0).sum()),
         "perplexity": total,
         "perplexity_share": total / run.config.codes,
-        "used_on_test": len(used),
-        "bits_per_pixel": fixed,
-        "bits_per_pixel_entropy": entropy,
+        "bits_per_pixel": math.log2(run.config.codes) / 16,  # a cell is 4x4 pixels
+        "bits_per_pixel_entropy": math.log2(total) / 16,
     }
     return result, codebook
 
@@ -142,7 +138,7 @@ class Scorer:
         self.rows = {"train": order[:n], "real": order[n : 2 * n]}
         # The units of relative FD: mean distance of random draws of n reference slices.
         self.units = {
-            space: metrics.relative_floor(in_parts(f, source, order[: 4 * n]), n)[0]
+            space: metrics.relative_floor(in_parts(f, source, order[: 4 * n]), n)
             for space, f in self.spaces.items()
         }
         # Copies of any reference slice count, not only of those in "train".
@@ -286,7 +282,7 @@ class Scorer:
     def spectrum(self) -> dict[str, float]:
         """Mean difference of power spectra from reference slices, up to their noise floor."""
         train = self.sets["train"].spectrum
-        end = max(9, metrics.noise_floor(train))
+        end = metrics.noise_floor(train)
         return self.each(lambda s: metrics.spectrum_difference(train, s.spectrum, end))
 
     def level_error(self) -> dict[str, float]:
@@ -370,8 +366,8 @@ def references(run, data: Data) -> Scorer:
     return scorer
 
 
-def evaluate(run, data: Data) -> tuple[dict, Scorer]:
-    """Every score of a run as plain values (docs/quality.md), and the sets behind them."""
+def evaluate(run, data: Data) -> dict:
+    """Every score of a run as plain values (docs/quality.md)."""
     scorer = references(run, data)
     reconstruction, codebook = score_reconstruction(run, data.test)
     images = run.sample(scorer.n)[1]
@@ -401,7 +397,7 @@ def evaluate(run, data: Data) -> tuple[dict, Scorer]:
         "generation": generation,
     }
     result["peak_memory_mb"] = round(device.peak_memory_mb())
-    return result, scorer
+    return result
 
 
 def as_the_seed_counts_it(one: Tensor, data: Data) -> dict[str, float]:

@@ -7,7 +7,6 @@ pixel (a cell of a map is 4x4), so nothing is resampled. A `stamp`, such as "con
 data, do not publish", is printed small below the figure.
 """
 
-import io
 import math
 import os
 from collections.abc import Sequence
@@ -40,7 +39,6 @@ DIFFERENCES = "magma"
 DIFFERENCE_SHOWN = 0.2  # full scale of differences; fixed, so that runs can be compared
 COLOURS = ("#1f77b4", "#e07b1a", "#3a923a")
 INK = "0.25"
-SMOOTH_FROM = 80  # points; longer curves get a running mean
 
 
 @dataclass(frozen=True)
@@ -48,37 +46,33 @@ class Panel:
     title: str
     columns: dict[str, str]  # column of log.csv -> label
     log: bool = False
-    noisy: bool = False  # shown faint, under a running mean
     ideal: float | None = None  # drawn as a dashed line
 
 
 PANELS = {
     "vqvae": (
         Panel("loss", {"loss": "total", "reconstruction": "reconstruction",
-                       "commitment": "commitment"}, log=True, noisy=True),
+                       "commitment": "commitment"}, log=True),
         Panel("SSIM of validation slices", {"ssim_validation": ""}),
         Panel("codes", {"used_codes": "used", "perplexity": "perplexity"}),
         Panel("learning rate", {"lr": ""}),
     ),
     "decoder": (
-        Panel("loss", {"loss": "total", "reconstruction": "reconstruction"}, log=True,
-              noisy=True),
-        Panel("patch discriminator", {"g_loss": "decoder", "d_loss": "discriminator"},
-              noisy=True),
-        Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, decoded"}, log=True,
-              noisy=True),
+        Panel("loss", {"loss": "total", "reconstruction": "reconstruction"}, log=True),
+        Panel("patch discriminator", {"g_loss": "decoder", "d_loss": "discriminator"}),
+        Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, decoded"}, log=True),
         Panel("SSIM of validation slices", {"ssim_validation": ""}),
     ),
     "dcgan": (
-        Panel("loss", {"g_loss": "generator", "d_loss": "discriminator"}, noisy=True),
+        Panel("loss", {"g_loss": "generator", "d_loss": "discriminator"}),
         Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, generated"},
-              log=True, noisy=True),
+              log=True),
         Panel("relative Fréchet distance (dashed: real)", {"fd_validation": ""},
               log=True, ideal=1),
         Panel("diversity (dashed: real maps)", {"diversity": ""}, ideal=1),
     ),
     "denoiser": (
-        Panel("loss, training maps", {"loss": ""}, log=True, noisy=True),
+        Panel("loss, training maps", {"loss": ""}, log=True),
         Panel("loss, validation maps", {"loss_validation": ""}, log=True),
         Panel("learning rate", {"lr": ""}),
     ),
@@ -94,31 +88,12 @@ def curves(rows: list[dict], stage: str, stamp: str = "") -> Figure:
     for ax, panel in zip(axes.flat, panels, strict=True):
         _style(ax, panel.title, f"thousands of {SEEN[stage]} seen")
         for (column, label), colour in zip(panel.columns.items(), COLOURS, strict=False):
-            x, y = _column(rows, "nimg") / 1000, _column(rows, column)
-            _curve(ax, x, y, panel.noisy, color=colour, label=label)
+            measured = [row for row in rows if row.get(column) is not None]
+            x, y = ([row[name] for row in measured] for name in ("nimg", column))
+            style = {"linewidth": 1.8, "marker": "o" if len(y) <= 30 else "", "markersize": 4}
+            ax.plot(np.divide(x, 1000), y, color=colour, label=label, **style)
         _finish(ax, panel)
     return fig
-
-
-def _column(rows: list[dict], name: str) -> Array:
-    """One column of the log, NaN where it was not measured."""
-    cells = [row.get(name) for row in rows]
-    return np.array([math.nan if cell in ("", None) else float(cell) for cell in cells])
-
-
-def _curve(ax: Axes, x: Array, y: Array, noisy: bool, **style):
-    measured = np.isfinite(x) & np.isfinite(y)
-    x, y = x[measured], y[measured]
-    if noisy and len(y) >= SMOOTH_FROM:
-        ax.plot(x, y, color=style["color"], alpha=0.25, linewidth=0.8)
-        y = _running_mean(y, len(y) // 20)
-    ax.plot(x, y, linewidth=1.8, marker="o" if len(y) <= 30 else "", markersize=4, **style)
-
-
-def _running_mean(y: Array, width: int) -> Array:
-    """Mean over a centred window, which is cut off (not padded) at both ends."""
-    window = np.ones(width)
-    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
 
 
 def _finish(ax: Axes, panel: Panel):
@@ -159,36 +134,6 @@ def code_histogram(counts: Array, perplexity: float, total: int, stamp: str = ""
     title = f"{used} of {total} codes used, perplexity {perplexity:.0f}"
     _style(ax, title, "rank of the code (the colours are those of the index maps)")
     _legend(ax)
-    return fig
-
-
-def overlap(sets: dict[str, Array], notes: Sequence[str], stamp: str = "") -> Figure:
-    """Slices as points (N, 2) in a plane, one colour a set; notes: the scores, in words."""
-    fig = _figure(8, 6.6, stamp, layout="constrained")
-    ax = fig.subplots()
-    _style(ax, "\n".join(notes), "principal component 1 of the features of training slices")
-    ax.set_ylabel("principal component 2", color=INK)
-    for (name, points), colour in zip(sets.items(), COLOURS, strict=False):
-        ax.scatter(*points.T, s=9, color=colour, alpha=0.55, linewidths=0, label=name)
-    ax.legend(frameon=False, labelcolor=INK, markerscale=2)
-    return fig
-
-
-def memorisation(distances: dict[str, Array], limit: float, stamp: str = "") -> Figure:
-    """Histograms of distances (N,) to the nearest training slice; limit: the dashed line."""
-    fig = _figure(8, 4.6, stamp, layout="constrained")
-    ax = fig.subplots()
-    _style(
-        ax, "Distance to the nearest training slice", "Euclidean distance of 16x16 thumbnails"
-    )
-    ax.set_ylabel("share of slices", color=INK)
-    bins = np.histogram_bin_edges(np.concatenate([*distances.values()]), 60)
-    for (name, values), colour in zip(distances.items(), COLOURS, strict=False):
-        weights = np.full(len(values), 1 / len(values))
-        shown = {"histtype": "stepfilled", "alpha": 0.4, "color": colour}
-        ax.hist(values, bins, weights=weights, label=name, **shown)
-    ax.axvline(limit, color=INK, ls="--", lw=1, label="copies are nearer than this")
-    ax.legend(frameon=False, labelcolor=INK)
     return fig
 
 
@@ -314,19 +259,6 @@ def png(image: Array) -> bytes:
 def coloured_map(index_map: Array, used: int) -> Array:
     """An index map of ranks (h, w) in the colours of the figures: uint8 (h, w, 3)."""
     return colormaps[CODES](index_map / max(used - 1, 1), bytes=True)[..., :3]
-
-
-def coloured_difference(a: Array, b: Array) -> Array:
-    """The absolute difference of two slices, as `reconstructions` shows it: uint8 (H, W, 3)."""
-    share = np.abs(a - b) / DIFFERENCE_SHOWN
-    return colormaps[DIFFERENCES](np.clip(share, 0, 1), bytes=True)[..., :3]
-
-
-def svg(figure: Figure) -> bytes:
-    """A figure of curves or bars as SVG, which stays sharp at any size."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return file.getvalue()
 
 
 def _figure(width_in: float, height_in: float, stamp: str, layout: str | None = None) -> Figure:

@@ -232,7 +232,6 @@ class RandomFeatures:
             weight -= weight.mean((1, 2, 3), keepdim=True)
             self.weights.append(weight * (2 / (9 * before)) ** 0.5)
             before = after
-        self.size = sum(channels)
 
     @torch.no_grad()
     def _pooled(self, x: Tensor) -> Tensor:
@@ -278,18 +277,12 @@ def frechet_distance(a, b) -> float:
     return max(0.0, float(shift + np.square(ra).sum() + np.square(rb).sum() - 2 * cross))
 
 
-def relative_floor(train, n: int, draws: int = 10, seed: int = 0) -> tuple[float, int]:
-    """The unit of relative FD: mean distance of disjoint random draws of n training slices.
-
-    Returns the unit and the n used: half of the slices if there are fewer than 2n.
-    """
-    train = as_features(train)
-    n, rng = min(n, len(train) // 2), np.random.default_rng(seed)
-    distances = []
-    for _ in range(draws):
-        order = rng.permutation(len(train))
-        distances.append(frechet_distance(train[order[:n]], train[order[n : 2 * n]]))
-    return float(np.mean(distances)), n
+def relative_floor(train, n: int, draws: int = 10, seed: int = 0) -> float:
+    """The unit of relative FD: mean distance of disjoint random draws of n training slices."""
+    train, rng = as_features(train), np.random.default_rng(seed)
+    orders = [rng.permutation(len(train)) for _ in range(draws)]
+    pairs = [(train[order[:n]], train[order[n : 2 * n]]) for order in orders]
+    return float(np.mean([frechet_distance(*pair) for pair in pairs]))
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -373,19 +366,12 @@ def nearest_features(x, bank) -> tuple[np.ndarray, np.ndarray]:
 def memorised_share(near, near_held_out) -> float:
     """Share of samples nearer to a training slice than 99 % of unseen people's slices are.
 
-    near (N,), near_held_out (M,): distances to the nearest training slice. About 0.01 for new
-    brains, near 1 for copies.
+    near (N,), near_held_out (M,): distances to the nearest training slice. Near 1 for copies;
+    for new brains about 0.01, or 1/(M+1) if M < 99, as the limit is then the smallest distance.
     """
-    return float((np.asarray(near) < copy_distance(near_held_out)).mean())
+    limit = np.percentile(near_held_out, 1, method="weibull")
+    return float((np.asarray(near) < limit).mean())
 
-
-def copy_distance(near_held_out) -> float:
-    """The 1st percentile of unseen people's distances to the nearest training slice.
-
-    The smallest distance if there are fewer than 99. So a new slice is nearer with probability
-    0.01, or 1/(M+1).
-    """
-    return float(np.percentile(near_held_out, 1, method="weibull"))
 
 # --- set against set: images --------------------------------------------------------------
 
@@ -537,16 +523,6 @@ def spectrum_difference(real_db: Tensor, other_db: Tensor, end: int, start: int 
 
 
 # --- codes -------------------------------------------------------------------------------
-
-
-def bits_per_pixel(
-    histogram, codes: int, map_size: int = 64, image_size: int = 256
-) -> tuple[float, float]:
-    """Bits per pixel of an index map: at log2 K a cell, and at the histogram's entropy."""
-    p = np.asarray(histogram, dtype=np.float64)
-    p = p[p > 0] / p.sum()
-    cells = (map_size / image_size) ** 2
-    return cells * math.log2(codes), cells * float(-(p * np.log2(p)).sum())
 
 
 def perplexity(counts: Tensor) -> float:

@@ -67,17 +67,13 @@ def ranks(rows: dict[int, dict]) -> dict[int, int]:
     return {seed: place for place, seed in enumerate(finite, 1)}
 
 
-def choose(rows: dict[int, dict]) -> int | None:
-    """The seed of the finished run with the lowest finite validation score."""
-    return next(iter(ranks(rows)), None)
-
-
 def write(folder: Path, rows: dict[int, dict], seeds: range | None = None):
     """Write results.json: all runs, the best one by validation, mean and sd of test scores.
 
     seeds: the folder is finished if these are [all of `rows`].
     """
-    best, places = choose(rows), ranks(rows)
+    places = ranks(rows)
+    best = next(iter(places), None)
     done = {s: r for s, r in rows.items() if r["status"] == "done"}
     spread = {}
     for name in next(iter(done.values()), {"test": {}})["test"]:

@@ -48,8 +48,6 @@ def every_figure(stamp: str = "") -> dict[str, Figure]:
         "nearest": figures.nearest(x, x, [0.01, 2.5, 100.0], columns=2, stamp=stamp),
         "real_beside_generated": figures.real_beside_generated(x, x, x, stamp),
         "strip": figures.strip(x, ["0.0", "0.5", "1.0"], stamp),
-        "overlap": figures.overlap(dict.fromkeys("abc", np.eye(2)), ["a: 1", "b: 2"], stamp),
-        "memorisation": figures.memorisation({"a": np.arange(9), "b": np.ones(5)}, 2.0, stamp),
     }
 
 
@@ -111,15 +109,14 @@ def test_curves_of_a_single_row(stage):
 
 
 @pytest.mark.parametrize("stage", figures.PANELS)
-@pytest.mark.parametrize("empty", ["", None])
-def test_curves_leave_out_cells_not_measured(stage, empty):
+def test_curves_leave_out_cells_not_measured(stage):
     rows = log_rows(stage, 9)
     column = {
         "vqvae": "ssim_validation", "decoder": "ssim_validation", "dcgan": "fd_validation",
         "denoiser": "loss_validation",
     }[stage]  # fmt: skip
     for row in rows[:7]:
-        row[column] = empty
+        row[column] = None
     fig = figures.curves(rows, stage)
     pixels(fig)
     panels = figures.PANELS[stage]
@@ -141,13 +138,6 @@ def test_curves_leave_out_rows_of_the_other_stage():
 def test_penalties_of_zero_do_not_break_the_log_scale():
     rows = [row | {"r1": 0.0, "r2": 0.0} for row in log_rows("dcgan", 5)]
     pixels(figures.curves(rows, "dcgan"))
-
-
-def test_running_mean_is_the_mean_of_what_is_there():
-    y = np.random.default_rng(0).normal(size=30)
-    smooth = figures._running_mean(y, 5)
-    brute = [y[max(0, i - 2) : i + 3].mean() for i in range(30)]
-    np.testing.assert_allclose(smooth, brute, atol=1e-12)
 
 
 def test_real_beside_generated_shows_every_pixel():

@@ -127,42 +127,6 @@ def test_ssim_core_keeps_float32_under_autocast():
         assert torch.equal(metrics.ssim_core(x, y), metrics.ssim_core(x.float(), y))
 
 
-@few
-@given(seeds, st.floats(0.005, 0.1))
-def test_ssim_is_symmetric_one_for_copies_and_falls_with_noise(seed, sd):
-    x = blobs(2, seed, 64)
-    y, worse = noisy(x, sd, seed), noisy(x, 3 * sd, seed)
-    torch.testing.assert_close(metrics.ssim(x, y), metrics.ssim(y, x))
-    torch.testing.assert_close(metrics.ssim(x, x), torch.ones(2))
-    assert (metrics.ssim(x, worse) < metrics.ssim(x, y)).all()
-    assert (metrics.psnr(x, worse) < metrics.psnr(x, y)).all()
-    assert (metrics.ssim_in_brain(x, worse) < metrics.ssim_in_brain(x, y)).all()
-
-
-@settings(max_examples=5, deadline=None)
-@given(seeds, st.floats(0.01, 0.05))
-def test_ms_ssim_is_symmetric_one_for_copies_and_falls_with_noise(seed, sd):
-    x = blobs(2, seed)
-    y, worse = noisy(x, sd, seed), noisy(x, 3 * sd, seed)
-    torch.testing.assert_close(metrics.ms_ssim(x, y), metrics.ms_ssim(y, x))
-    torch.testing.assert_close(metrics.ms_ssim(x, x), torch.ones(2))
-    assert (metrics.ms_ssim(x, worse) < metrics.ms_ssim(x, y)).all()
-
-
-@few
-@given(seeds, st.floats(0.005, 0.1))
-def test_psnr_is_symmetric_100_for_copies_and_falls_with_noise_in_the_brain_too(seed, sd):
-    x = blobs(2, seed, 64)
-    y, worse = noisy(x, sd, seed), noisy(x, 3 * sd, seed)
-    assert torch.equal(metrics.psnr(x, y), metrics.psnr(y, x))
-    assert (metrics.psnr_in_brain(x, x) == 100).all()
-    assert (metrics.ssim_in_brain(x, x) > 0.99999).all()
-    assert (metrics.psnr_in_brain(x, worse) < metrics.psnr_in_brain(x, y)).all()
-    grainy = (x, noisy(x, 0.1, seed), noisy(x, 0.3, seed))
-    strengths = [metrics.detail_strength(image).mean() for image in grainy]
-    assert strengths[0] < strengths[1] < strengths[2]
-
-
 def test_psnr_by_hand():
     x = torch.zeros(1, 1, 16, 16)
     assert metrics.psnr(x, x + 0.1).item() == pytest.approx(20, abs=1e-4)
@@ -241,7 +205,7 @@ def test_random_features_are_the_same_for_a_seed_whatever_the_global_seed():
     torch.manual_seed(2)
     second = metrics.RandomFeatures(0)
     assert torch.equal(first.features(x), second.features(x))
-    assert first.features(x).shape == (5, first.size)
+    assert first.features(x).shape == (5, 176)
     assert not torch.equal(first.features(x), metrics.RandomFeatures(1).features(x))
     # Filters sum to 0: a flat image has no structure (all are unpadded).
     assert first.features(torch.full((1, 1, 64, 64), 0.5)).abs().max() < 1e-5
@@ -317,21 +281,13 @@ def test_frechet_distance_and_kid_agree_with_torchmetrics():
     assert ours == pytest.approx(kid.compute()[0].item(), rel=1e-3)
 
 
-def test_kid_is_unbiased_and_grows_with_a_shift():
-    halves = [metrics.kid(normal(50, 8, s), normal(50, 8, s + 100)) for s in range(40)]
-    assert abs(np.mean(halves)) < 3 * np.std(halves) / math.sqrt(40) and min(halves) < 0
-    shifted = [metrics.kid(normal(50, 8), normal(50, 8, 1) + d) for d in (0.5, 1, 2)]
-    assert max(halves) < shifted[0] < shifted[1] < shifted[2]
-
-
 def test_relative_floor_is_the_distance_of_disjoint_draws():
     train = normal(400, 6)
-    floor, n = metrics.relative_floor(train, 100)
-    assert n == 100 and floor == metrics.relative_floor(train, 100)[0]
+    floor = metrics.relative_floor(train, 100)
+    assert floor == metrics.relative_floor(train, 100)
     pairs = [(normal(100, 6, s), normal(100, 6, s + 50)) for s in range(1, 21)]
     other = np.mean([metrics.frechet_distance(*pair) for pair in pairs])
     assert 0.75 < other / floor < 1.33  # draws that share half of their slices: about 2
-    assert metrics.relative_floor(train, 300)[1] == 200  # too few slices: half of them
 
 
 def brute_prdc(real, fake, k):
@@ -404,33 +360,6 @@ def test_feature_measures_of_a_set_itself_swapped_and_under_growing_noise(seed, 
         for step in (0, 1e-3, 0.3, 3)
     ]
     assert copies == sorted(copies, reverse=True) and copies[0] == 1 and copies[-1] < 0.2
-
-
-@settings(max_examples=3, deadline=None)
-@given(seeds)
-def test_set_measures_of_images_move_with_growing_noise(seed):
-    x, network = blobs(24, seed, 96), metrics.RandomFeatures()
-    worse = [noisy(x, sd, seed) for sd in (0.0, 0.05, 0.2)]
-    for features in (network.features, network.fine_features):
-        real = features(x)
-        distances = [metrics.frechet_distance(real, features(y)) for y in worse]
-        assert distances[0] < 1e-9 and distances[0] < distances[1] < distances[2]
-    spectrum = [metrics.radial_spectrum(y) for y in worse]
-    apart = [metrics.spectrum_difference(spectrum[0], other, 40) for other in spectrum]
-    assert apart[0] == 0 < apart[1] < apart[2]
-    assert apart[1] == metrics.spectrum_difference(spectrum[1], spectrum[0], 40)
-    alike = [metrics.ssim_to_nearest(y[:4], [x], x.__getitem__, 4) for y in worse]
-    assert alike[0] == pytest.approx(1, abs=1e-5) and alike[0] > alike[1] > alike[2]
-    far = [metrics.nearest(y[:4], [x], 1)[0].mean() for y in worse]
-    assert far[0] == 0 < far[1] < far[2]
-
-
-@settings(max_examples=3, deadline=None)
-@given(seeds)
-def test_pairs_differ_the_more_the_noisier_the_same_image_is(seed):
-    same = blobs(1, seed).repeat(6, 1, 1, 1)
-    alike = [metrics.ms_ssim_of_pairs(noisy(same, sd, seed), 12) for sd in (0.0, 0.02, 0.1)]
-    assert alike[0] == pytest.approx(1, abs=1e-5) and alike[0] > alike[1] > alike[2]
 
 
 @pytest.mark.parametrize("change", ["shift", "shrink", "noise", "duplicate"])
@@ -615,23 +544,3 @@ def test_noise_floor_begins_where_known_noise_equals_the_signal(crossing):
 
 def test_noise_floor_of_noise_alone_leaves_a_band():
     assert metrics.noise_floor(torch.zeros(129)) == 16
-
-
-# --- codes, bits, codecs ------------------------------------------------------------------
-
-
-histograms = st.lists(st.integers(0, 50), min_size=6, max_size=6).filter(any).map(np.array)
-
-
-@given(histograms)
-@settings(max_examples=50, deadline=None)
-def test_entropy_needs_no_more_bits_than_a_fixed_length_in_any_order(counts):
-    fixed, entropy = metrics.bits_per_pixel(counts, 6)
-    assert 0 <= entropy <= fixed + 1e-12
-    assert metrics.bits_per_pixel(counts[::-1], 6)[1] == pytest.approx(entropy, abs=1e-12)
-
-
-def test_bits_per_pixel_by_hand():
-    assert metrics.bits_per_pixel(np.ones(512), 512) == (0.5625, 0.5625)
-    fixed, entropy = metrics.bits_per_pixel(torch.tensor([3, 3, 0, 0]), 4, 64, 256)
-    assert (fixed, entropy) == (2 / 16, 1 / 16)

@@ -26,7 +26,7 @@ from support.cli import Parser, add_options, config_from
 HOSTILE = "<script>alert(1)</script>.png"
 SECTIONS = {
     "runs", "generated", "between", "reconstructions", "scores", "codebook", "training",
-    "data", "commands", "settings",
+    "data",
 }  # fmt: skip
 CONFIG = Config(
     preset="smoke", codes=16, widths=(4, 4, 4, 4), gan_widths=(4, 4), subjects=(10, 2, 2),
@@ -75,6 +75,10 @@ def a_run(folder, conditional: bool = True) -> predict.TrainedRun:
     folder.mkdir(parents=True)
     files.write_json(folder / "metrics.json", result())
     files.write_json(folder / "config.json", {"config": CONFIG.to_dict()})
+    (folder / "figures").mkdir()
+    for name in ("reconstructions", "code_histogram", "curves_vqvae", "curves_dcgan"):
+        picture = figures.png(np.zeros((4, 4)))
+        (folder / "figures" / f"{name}.png").write_bytes(picture)
     log = files.Log(folder / "log.csv", COLUMNS)
     log.keep("vqvae", 0)
     for stage in ("vqvae", "dcgan", "denoiser"):
@@ -149,7 +153,7 @@ def write_results(folder, rows: list[dict]):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, drawn):
     """A page of four seeds, one of which failed, on data with hostile names."""
-    folder = tmp_path_factory.mktemp("work") / "a <b>run</b>"
+    folder = tmp_path_factory.mktemp("work") / "a <b>run"
     run = a_run(folder / "seed-0")
     write_results(folder, [done(0, 2, 5.0), FAILED, done(2, 1, 4.0), WAITING])
     skipped = [{"file": HOSTILE, "reason": "<img src=http://x onerror=alert(1)>"}] * 120
@@ -177,15 +181,10 @@ def test_every_part_is_there(whole):
     assert len(page.all("div", "class", "sample")) == report.SAMPLES
     assert len(page.all("img", "data-label")) == sum(report.FRAMES.values())
     assert [film["max"] for film in page.all("input", "type", "range")] == ["31", "23"]
-    shown = pictures(whole.html)
-    assert len(shown["difference"]) == len(shown["reconstruction"]) == report.ORIGINALS
-    used = whole.run.encode(whole.data.test.batch(range(20))).unique().tolist()
-    assert {f"code {number}" for number in used} == {k for k in shown if k[:5] == "code "}
     for name, label in (evaluation.LABELS | evaluation.IMAGE_LABELS).items():
         assert label in page.text and report.reading(name) in page.text, name
     last = len(evaluation.LABELS) - 1
     assert f"{last}.300" in page.text  # the unseen people of the last score
-    assert all(name in page.text for name in CONFIG.to_dict())
 
 
 def test_every_score_has_its_sentence():
@@ -199,7 +198,7 @@ def test_names_of_files_stay_text(whole):
     shown = whole.page.text
     assert shown.count(HOSTILE) == report.SKIPPED and "and 20 more" in shown
     assert "<script>alert(2)</script>" in shown and "loss <nan>" in shown
-    assert "a <b>run</b>" in shown
+    assert "a <b>run" in shown
 
 
 def test_runs_stand_in_the_order_of_their_rank_with_mean_and_sd(whole):
@@ -284,32 +283,13 @@ def test_a_folder_in_which_every_run_failed_has_its_page_too(tmp_path, drawn):
     assert "Every run failed" in page.text and "loss <nan>" in page.text
 
 
-def test_the_commands_make_the_same_run_again(whole):
-    shown = re.findall(r"<pre><code>(.*?)</code>", whole.html)
-    lines = [shlex.split(Page(line).text) for line in shown]
+def test_the_command_makes_the_same_run_again(whole):
+    words = shlex.split(Page(re.search("<code>(python .*)</code>", whole.html)[1]).text)
     parser = Parser("")
     add_options(parser)
-    drives = [line[2:] for line in lines if line[1] == "driver.py"]
-    made = [config_from(parser.parse_args(words)) for words in drives]
-    for config in made:
-        assert config.identity() == CONFIG.identity() and config.cache == "the cache"
-    assert [config.runs for config in made] == [4, 5, 4]
-    assert [config.out == str(whole.folder) for config in made] == [True, True, False]
-    assert [line[1:4:2] for line in lines[2:4]] == [["predict.py", str(whole.folder)]] * 2
-
-
-def test_patches_are_means_of_what_is_drawn_around_a_code():
-    draw = torch.Generator().manual_seed(0)
-    maps = torch.randint(5, (3, 6, 6), generator=draw)
-    images = torch.rand(3, 1, 24, 24, generator=draw)
-    patches, counts = report.patches_of(maps, images, codes=7)
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    for code in range(7):
-        places = (maps == code).nonzero().tolist()
-        cut = [padded[n, 0, 4 * y : 4 * y + 12, 4 * x : 4 * x + 12] for n, y, x in places]
-        mean = torch.stack(cut).mean(0) if cut else torch.zeros(12, 12)
-        torch.testing.assert_close(patches[code], mean)
-        assert counts[code] == len(places)
+    assert words[:2] == ["python", "driver.py"]
+    config = config_from(parser.parse_args(words[2:]))
+    assert config.identity() == CONFIG.identity() and config.cache == "the cache"
 
 
 def test_a_report_that_fails_is_a_warning(tmp_path, capsys):
@@ -398,17 +378,3 @@ def test_in_a_browser_paper_and_ink_follow_the_scheme(opened):
     paper, ink = (sum(map(int, re.findall(r"\d+", c))) for c in opened.evaluate(colours))
     dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     assert (paper < ink) == dark and abs(paper - ink) > 500
-
-
-@pytest.mark.parametrize(
-    "rows, seeds",
-    [
-        ({0: "done"}, (0, 1)),
-        ({2: "done", 3: "diverged", 4: "unfinished"}, (2, 3)),
-        ({0: "done", 3: "unfinished", 5: "done"}, (3, 1)),  # seeds 1, 2, 4 were never asked for
-        ({0: "done", 5: "done"}, (5, 1)),
-    ],
-)
-def test_the_command_that_continues_names_these_seeds(rows, seeds):
-    rows = [{"seed": seed, "status": status} for seed, status in rows.items()]
-    assert tuple(report.seeds_of(rows).values()) == seeds
