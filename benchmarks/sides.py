@@ -117,8 +117,7 @@ def vqvae_here(here: Inputs, precision: str = "float32"):
     return functools.partial(step, images, a_corner(images), quantize=True), len(images)
 
 
-def vqvae_here_bfloat16(here: Inputs):
-    return vqvae_here(here, "bfloat16")
+vqvae_here_bfloat16 = functools.partial(vqvae_here, precision="bfloat16")
 
 
 def vqvae_plain(here: Inputs):
@@ -195,16 +194,9 @@ def search_vqp(here: Inputs, dense: bool = False):
     return functools.partial(other, z), a[:, 0].numel()
 
 
-def dense_here(here: Inputs):
-    return search_here(here, dense=True)
-
-
-def dense_monai(here: Inputs):
-    return search_monai(here, dense=True)
-
-
-def dense_vqp(here: Inputs):
-    return search_vqp(here, dense=True)
+dense_here = functools.partial(search_here, dense=True)
+dense_monai = functools.partial(search_monai, dense=True)
+dense_vqp = functools.partial(search_vqp, dense=True)
 
 
 def maps_here(here: Inputs):
@@ -302,8 +294,7 @@ def generate_here(here: Inputs, refined: bool = True):
     return generate, len(noise)
 
 
-def generate_here_alone(here: Inputs):
-    return generate_here(here, refined=False)
+generate_here_alone = functools.partial(generate_here, refined=False)
 
 
 def generate_transformer(here: Inputs):

@@ -1,8 +1,7 @@
 """Every score of a set of slices with its references: one dict for JSON, one table.
 
 In: a loaded run (`predict.TrainedRun`) and its data, or two folders of slices. Out: plain
-values, and the features that figures need. The measures are in `metrics` and `judge`; this file
-says what is compared with what.
+values. The measures are in `metrics` and `judge`; this file says what is compared with what.
 """
 
 import math

@@ -12,6 +12,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -30,6 +31,7 @@ HEIGHT_MM = 112  # between a head's lowest and highest slice: the mean of embedd
 def export(run, folder: Path):
     """Write `run` to `folder`. config.json comes last: without it, nothing loads.
 
+    Rounds the run's weights to float16, so that it draws what the export draws.
     Raises UserError: exit 5 if the folder holds something else, 4 if the run has no scores yet.
     """
     check_free(folder)
@@ -55,13 +57,15 @@ def export(run, folder: Path):
 
 
 def states_of(run) -> dict[str, dict[str, Tensor]]:
-    codes = {**run.code_map.saved(), "levels": run.levels, "counts": run.counts}
-    states = {
-        "vqvae": run.vqvae.state_dict(),
-        "generator": run.generator.state_dict(),
-        "codes": codes,
-    }
-    return states | ({"denoiser": run.denoiser.state_dict()} if run.denoiser else {})
+    """Part of a run -> its tensors. Rounds the run's weights to float16: half the size."""
+    networks = {"vqvae": run.vqvae, "generator": run.generator, "denoiser": run.denoiser}
+    states = {"codes": {**run.code_map.saved(), "levels": run.levels, "counts": run.counts}}
+    for part, network in networks.items():
+        if network is not None:
+            rounded = {name: weight.half() for name, weight in network.named_parameters()}
+            network.load_state_dict(rounded, strict=False)
+            states[part] = network.state_dict() | rounded
+    return states
 
 
 def load(folder: Path) -> dict[str, dict]:
@@ -76,7 +80,7 @@ def load(folder: Path) -> dict[str, dict]:
     try:
         for name, tensor in safetensors.torch.load_file(path).items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
+            parts[part][rest] = tensor.float() if tensor.dtype == torch.half else tensor
     except (SafetensorError, KeyError) as problem:
         raise UserError(Exit.CHECKPOINT, f"{path}: not an export: {problem}") from None
     tensors = [tensor for part in parts.values() for tensor in part.values()]

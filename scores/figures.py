@@ -33,7 +33,6 @@ GAP_PX = 6  # between neighbouring cells
 TEXT_PX = 44  # a line of text above the cells, or a rotated one on their left
 BAR_PX = 116  # a colour bar and its labels, right of the cells
 STAMP_PX = 34
-BLOCK_PX = 40  # between the blocks of `real_beside_generated`
 CODES = "viridis"  # perceptually uniform
 DIFFERENCES = "magma"
 DIFFERENCE_SHOWN = 0.2  # full scale of differences; fixed, so that runs can be compared
@@ -198,21 +197,9 @@ def strip(images: Array, labels: Sequence[str] = (), stamp: str = "") -> Figure:
 def real_beside_generated(
     real: Array, reconstructed: Array, generated: Array, stamp: str = ""
 ) -> Figure:
-    """Three blocks of slices of the same levels at full size."""
-    assert len(real) == len(reconstructed) == len(generated)
-    columns = math.ceil(math.sqrt(len(real)))
-    side = columns * (CELL_PX + GAP_PX) - GAP_PX
-    height = math.ceil(len(real) / columns) * (CELL_PX + GAP_PX)
-    fig = _sheet(3 * side + 2 * BLOCK_PX + 2 * GAP_PX, TEXT_PX + height, stamp)
-    blocks = {"real": real, "reconstruction": reconstructed, "generated": generated}
-    for b, (name, images) in enumerate(blocks.items()):
-        left = GAP_PX + b * (side + BLOCK_PX)
-        _write(fig, left + side / 2, TEXT_PX / 2, name, size=20)
-        for i, image in enumerate(images):
-            row, column = divmod(i, columns)
-            x, y = left + column * (CELL_PX + GAP_PX), TEXT_PX + row * (CELL_PX + GAP_PX)
-            _image(fig, x, y, image, Layer(name, images))
-    return fig
+    """Real slices, their reconstructions and generated slices of the same levels."""
+    sets = {"real": real, "reconstruction": reconstructed, "generated": generated}
+    return _stacks([Layer(*row) for row in sets.items()], stamp, columns=9)
 
 
 def grid(images: Array, columns: int) -> Array:

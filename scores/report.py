@@ -7,6 +7,7 @@ stands where; this file gives the values. File names come from users: the templa
 
 import base64
 import shlex
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
+from config import Config
 from dataset import Data, evenly
 from scores import evaluation, figures, metrics
 from support import files
@@ -39,7 +41,7 @@ def page(folder: Path, run, data: Data) -> str:
         "data": data.report,
         "skipped_shown": SKIPPED,
         "run": None if run is None else {**scores_of(run), **pictures_of(run, data)},
-        "command": run and shlex.join(["python", "driver.py", *flags(run.config)]),
+        "command": run and command_of(run.config),
     }
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -91,6 +93,11 @@ def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
         number, beside = g[name]["generated"], g[name][kind]
         five.append((label, f"{number:.3g}", f"{reference}: {beside:.3g}"))
     return five
+
+
+def command_of(config: Config) -> str:
+    """The command that trains this seed."""
+    return shlex.join(["python", "driver.py", *flags(replace(config, runs=1, threads=0))])
 
 
 # --- figures of a run ---------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import ROOT
 from test_report import a_run, result
 
 import dataset
@@ -18,7 +19,7 @@ import predict
 from config import Config, Exit, UserError
 from dataset import PRIVATE
 from loading import embedded
-from scores import evaluation, export
+from scores import evaluation, export, figures, metrics
 from support import checkpoints, files
 
 
@@ -39,7 +40,9 @@ def run(tmp_path):
 
 def test_an_export_draws_the_same_bits_and_remembers_its_run(run, tmp_path):
     run = replace(run, config=replace(run.config, data="/home/somebody"), stamp=PRIVATE)
+    before = run.sample(6, seed=3)[1]
     export.export(run, tmp_path / "shared")
+    assert 0 < (run.sample(6, seed=3)[1] - before).abs().mean() < 0.01  # rounded to float16
     back = predict.load_run(tmp_path / "shared", "cpu")
     for mine, theirs in zip(run.sample(6, seed=3), back.sample(6, seed=3), strict=True):
         assert torch.equal(mine, theirs) and len(mine.unique()) > 4
@@ -53,6 +56,15 @@ def test_an_export_draws_the_same_bits_and_remembers_its_run(run, tmp_path):
     example = cv2.imread(str(tmp_path / "shared/example.png"), cv2.IMREAD_UNCHANGED)
     sample = back.sample(1, seed=1)[1][0, 0].numpy()
     np.testing.assert_array_equal(example[2:258, 2:258], np.rint(255 * sample))
+
+
+def test_the_pretrained_run_draws_its_example():
+    folder = ROOT / "pretrained"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8e6
+    drawn = predict.load_run(folder, "cpu").sample(8, seed=1)[1][:, 0].numpy()
+    example = cv2.imread(str(folder / "example.png"), cv2.IMREAD_UNCHANGED)
+    pair = (torch.from_numpy(x)[None, None] / 255 for x in (figures.grid(drawn, 4), example))
+    assert metrics.ssim(*pair) > 0.95  # on another machine some cells differ
 
 
 def test_the_card_says_whose_data_how_good_and_how_much_is_copied(run, tmp_path):
@@ -75,11 +87,11 @@ def test_a_folder_of_something_else_is_left_alone(run, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/README.md").write_text("my thesis")
     for folder in (tmp_path / "thesis", run.folder):
-        before = {path: path.read_bytes() for path in folder.iterdir()}
+        before = {path: path.read_bytes() for path in folder.rglob("*.*")}
         with pytest.raises(UserError, match="holds other files") as problem:
             export.export(run, folder)
         assert problem.value.code == Exit.BUSY
-        assert before == {path: path.read_bytes() for path in folder.iterdir()}
+        assert before == {path: path.read_bytes() for path in folder.rglob("*.*")}
     export.export(run, tmp_path / "shared")
     export.export(replace(run, seed=7), tmp_path / "shared")  # an earlier export's may be
     assert predict.load_run(tmp_path / "shared").seed == 7

@@ -80,21 +80,6 @@ def test_saves_as_png_with_its_stamp(name):
     assert STAMP in texts(stamped) and STAMP not in texts(plain)
 
 
-def test_needs_neither_display_nor_pyplot():
-    """In a fresh process that asks for a windowing backend and has no screen."""
-    script = (
-        "import io, sys, numpy as np\n"
-        "from scores import figures\n"
-        "fig = figures.strip(np.zeros((2, 256, 256)))\n"
-        "fig.savefig(io.BytesIO(), format='png')\n"
-        "assert 'matplotlib.pyplot' not in sys.modules and 'tkinter' not in sys.modules\n"
-    )
-    env = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    env |= {"MPLBACKEND": "TkAgg"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, stderr=-1)
-    assert done.returncode == 0, done.stderr.decode()
-
-
 def test_curves_show_nothing_that_differs_between_equal_runs():
     panels = [panel for stage in figures.PANELS.values() for panel in stage]
     shown = {column for panel in panels for column in panel.columns}
@@ -180,7 +165,7 @@ def test_titles_and_distances():
     assert {"distance 0.0100", "distance 2.50", "distance 100"} <= set(shown)
 
 
-def test_blocks_of_unequal_length_are_refused():
+def test_rows_of_unequal_length_are_refused():
     with pytest.raises(AssertionError):
         figures.real_beside_generated(slices(2), slices(2), slices(1))
 

@@ -370,11 +370,3 @@ def test_in_a_browser_a_click_shows_the_nearest_slice_and_sliders_move(opened, w
         slider.press("ArrowRight")
         assert film.locator("img").nth(8).is_visible()
     assert len(frames(shown, "level sweep")) == report.FRAMES["sweep"]
-
-
-def test_in_a_browser_paper_and_ink_follow_the_scheme(opened):
-    style = "getComputedStyle(document.body)"
-    colours = f"[{style}.backgroundColor, {style}.color]"
-    paper, ink = (sum(map(int, re.findall(r"\d+", c))) for c in opened.evaluate(colours))
-    dark = opened.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
-    assert (paper < ink) == dark and abs(paper - ink) > 500
