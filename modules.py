@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from dataset import MAP, Crop
+from dataset import MAP, STEP, Crop
 from support.device import sums_by_index
 
 # --- VQ-VAE -------------------------------------------------------------------------------
@@ -387,7 +387,8 @@ class CodeMap(nn.Module):
         crop, background = Crop(*values["crop"].tolist()), int(values["background"])
         top, left, height, width = crop
         inside = 0 <= top <= MAP - height and 0 <= left <= MAP - width
-        if not inside or min(crop.size) < 1 or not 0 <= background < config.codes:
+        sides = all(side > 0 and side % STEP == 0 for side in crop.size)
+        if not inside or not sides or not 0 <= background < config.codes:
             raise ValueError("its crop is no part of a map")
         code_map = cls(
             values["used"], values["points"], config.codes, crop, background,

@@ -530,7 +530,9 @@ def run_stages(run: Run, names):
 
 def check_shares(config: Config):
     """Raise UserError (exit 2) unless each process gets an even share of each batch."""
-    for name in dict.fromkeys(BATCHES.values()):
+    for stage, name in BATCHES.items():
+        if stage == "denoiser" and not config.denoiser_kimg:
+            continue
         if getattr(config, name) % distributed.count():
             raise UserError(
                 Exit.USAGE,

@@ -31,7 +31,7 @@ HEIGHT_MM = 112  # between a head's lowest and highest slice: the mean of embedd
 def export(run, folder: Path):
     """Write `run` to `folder`. config.json comes last: without it, nothing loads.
 
-    Rounds the run's weights to float16, so that it draws what the export draws.
+    Rounds the run's generator and denoiser to float16: it then draws what the export draws.
     Raises UserError: exit 5 if the folder holds something else, 4 if the run has no scores yet.
     """
     check_free(folder)
@@ -57,10 +57,10 @@ def export(run, folder: Path):
 
 
 def states_of(run) -> dict[str, dict[str, Tensor]]:
-    """Part of a run -> its tensors. Rounds the run's weights to float16: half the size."""
-    networks = {"vqvae": run.vqvae, "generator": run.generator, "denoiser": run.denoiser}
+    """Part of a run -> its tensors. Rounds its largest networks to float16: half the size."""
     states = {"codes": {**run.code_map.saved(), "levels": run.levels, "counts": run.counts}}
-    for part, network in networks.items():
+    states["vqvae"] = run.vqvae.state_dict()
+    for part, network in {"generator": run.generator, "denoiser": run.denoiser}.items():
         if network is not None:
             rounded = {name: weight.half() for name, weight in network.named_parameters()}
             network.load_state_dict(rounded, strict=False)

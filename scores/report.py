@@ -97,7 +97,10 @@ def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
 
 def command_of(config: Config) -> str:
     """The command that trains this seed."""
-    return shlex.join(["python", "driver.py", *flags(replace(config, runs=1, threads=0))])
+    usual = Path(config.cache) == Path(Config.cache).resolve()
+    config = replace(config, runs=1, threads=0, cache=Config.cache if usual else config.cache)
+    words = flags(replace(config, seed=0))
+    return shlex.join(["python", "driver.py", *words, "--seed", str(config.seed)])
 
 
 # --- figures of a run ---------------------------------------------------------------------

@@ -179,6 +179,8 @@ def test_every_part_is_there(whole):
     page = whole.page
     assert {section["id"] for section in page.all("section")} == SECTIONS
     assert len(page.all("div", "class", "sample")) == report.SAMPLES
+    curves = {f"training curves of the {name}" for name in ("VQ-VAE", "DCGAN")}
+    assert curves | {"reconstructions", "histogram of codes"} <= set(pictures(whole.html))
     assert len(page.all("img", "data-label")) == sum(report.FRAMES.values())
     assert [film["max"] for film in page.all("input", "type", "range")] == ["31", "23"]
     for name, label in (evaluation.LABELS | evaluation.IMAGE_LABELS).items():
