@@ -98,8 +98,8 @@ def headline(g: dict, r: dict) -> list[tuple[str, str, str]]:
 def command_of(config: Config) -> str:
     """The command that trains this seed."""
     usual = Path(config.cache) == Path(Config.cache).resolve()
-    config = replace(config, runs=1, threads=0, cache=Config.cache if usual else config.cache)
-    words = flags(replace(config, seed=0))
+    cache = Config.cache if usual else config.cache
+    words = flags(replace(config, runs=1, threads=0, seed=0, cache=cache))
     return shlex.join(["python", "driver.py", *words, "--seed", str(config.seed)])
 
 

@@ -357,9 +357,10 @@ def test_feature_measures_of_a_set_itself_swapped_and_under_growing_noise(seed, 
     near, _ = metrics.nearest_features(b, a)
     copies = [
         metrics.memorised_share(metrics.nearest_features(a + step * noise, a)[0], near)
-        for step in (0, 1e-3, 3)
+        for step in (0, 1e-3, 0.3, 3)
     ]
-    assert copies == sorted(copies, reverse=True) and copies[0] == 1 and copies[-1] < 0.2
+    close, far = copies[:3], copies[3]  # both of the last two can be near 0, in any order
+    assert close == sorted(close, reverse=True) and copies[0] == 1 and far < 0.2
 
 
 @pytest.mark.parametrize("change", ["shift", "shrink", "noise", "duplicate"])
