@@ -8,6 +8,7 @@ command line from these fields.
 import enum
 import math
 from dataclasses import asdict, dataclass, field, fields
+from typing import NamedTuple
 
 VERSION = "1.0"  # in --version and in every config.json; CHANGELOG.md says what changed
 
@@ -245,6 +246,12 @@ class Config:
         """Whether this is the original recipe, preset `classic`."""
         return self.recipe == "original"
 
+    @property
+    def trained(self) -> dict[str, float]:
+        """The stages of training -> their length, in thousands of slices or maps; not 0."""
+        lengths = {stage: getattr(self, length.kimg) for stage, length in TRAINED.items()}
+        return {stage: kimg for stage, kimg in lengths.items() if kimg}
+
     def identity(self) -> dict:
         """The plain values that make this run what it is (without paths, device and seed)."""
         return {
@@ -269,8 +276,20 @@ def _plain(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-# The unit of each stage's training length.
-SEEN = {"vqvae": "slices", "decoder": "slices", "dcgan": "maps", "denoiser": "maps"}
+class Length(NamedTuple):
+    """How long a stage trains: the unit, and the fields of `Config` with the numbers."""
+
+    seen: str
+    kimg: str
+    batch_size: str
+
+
+TRAINED = {
+    "vqvae": Length("slices", "vqvae_kimg", "batch_size"),
+    "decoder": Length("slices", "decoder_kimg", "batch_size"),
+    "dcgan": Length("maps", "gan_kimg", "gan_batch_size"),
+    "denoiser": Length("maps", "denoiser_kimg", "denoiser_batch_size"),
+}
 
 # Differences from the defaults above. `classic` is the recipe of the original project. Its
 # DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map). All presets but `full` keep the

@@ -78,7 +78,7 @@ def parse():
     score.add_argument("real", metavar="REAL_DIR", help="real slices or volumes")
     score.add_argument("fake", metavar="FAKE_DIR", help="generated slices")
     score.add_argument(
-        "--against", metavar="OTHER_REAL_DIR", help="real slices of other people, whom the "
+        "--against", metavar="UNSEEN_DIR", help="real slices of other people, whom the "
         "generator has not seen: for the trained judge and for memorised samples",
     )  # fmt: skip
     score.add_argument("--out", default="", help="JSON file [scores.json in FAKE_DIR]")
@@ -181,16 +181,6 @@ class TrainedRun:
         t = steps[:, None]
         noise = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
         return steps, self.draw(noise, height.expand(n))[1]
-
-    @property
-    def trained(self) -> dict[str, float]:
-        """The stages of training -> their length, in thousands of slices or maps."""
-        config = self.config
-        stages = {
-            "vqvae": config.vqvae_kimg, "decoder": config.decoder_kimg,
-            "dcgan": config.gan_kimg, "denoiser": config.denoiser_kimg,
-        }  # fmt: skip
-        return {stage: kimg for stage, kimg in stages.items() if kimg}
 
     @property
     def conditional(self) -> bool:
@@ -435,7 +425,7 @@ def evaluate_command(run: TrainedRun, arguments):
     check_own(run)
     given = {k: getattr(arguments, k) for k in ("data", "cache") if k in arguments}
     run.config = replace(run.config, **given)
-    for stage, kimg in run.trained.items():
+    for stage, kimg in run.config.trained.items():
         if stage == "vqvae":
             continue  # index maps exist only if it is finished
         last = checkpoints.load_checkpoint(run.folder / f"{stage}_last.pt", stage=stage)

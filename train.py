@@ -7,7 +7,7 @@ stopped. The sharper decoder and the denoiser are in stages/. Also a script:
 `python train.py --stage vqvae|codes|decoder|dcgan|denoiser`.
 """
 
-from config import Config, Exit, UserError
+from config import TRAINED, Config, Exit, UserError
 from support.cli import Parser, add_options, config_from
 
 if __name__ == "__main__":  # a mistyped flag must not wait for the import of torch
@@ -68,7 +68,7 @@ def train_vqvae(run: Run):
     model = seeded(run.seed, 0, lambda: modules.make_vqvae(config)).to(run.device)
     optimizer = make_optimizer(model, config.optimizer, config.lr, (0.9, 0.999))
     parts = {"model": model, "optimizer": optimizer}
-    stage = Stage(run, "vqvae", config.vqvae_kimg, config.batch_size, parts)
+    stage = Stage(run, "vqvae", parts)
     delay = 0 if config.original else int(config.codebook_delay * stage.steps)
     slices, crop = Feed(train.images, run.device), crop_of(train, config)
     loss = loss_of(train, config)
@@ -398,7 +398,7 @@ def train_dcgan(run: Run):
     """Train until `gan_kimg`; `dcgan_best.pt` is the latest generator of good validation FD."""
     config = run.config
     gan = OriginalGan(run) if config.original else Gan(run)
-    stage = Stage(run, "dcgan", config.gan_kimg, config.gan_batch_size, gan.parts(), **gan.link)
+    stage = Stage(run, "dcgan", gan.parts(), **gan.link)
     monitor = None if stage.done else Monitor(gan)
     step = device.Recorded(functools.partial(dcgan_step, gan))
     while not stage.done:
@@ -504,40 +504,44 @@ STAGES = {
     "vqvae": train_vqvae, "codes": extract_codes, "decoder": train_decoder,
     "dcgan": train_dcgan, "denoiser": train_denoiser,
 }  # fmt: skip
-BATCHES = {
-    "vqvae": "batch_size", "decoder": "batch_size", "dcgan": "gan_batch_size",
-    "denoiser": "denoiser_batch_size",
-}  # fmt: skip
 MIN_SLICES = 6  # of validation and test: precision and recall need 5 neighbours
 
 
 def run_stages(run: Run, names):
-    """Run these stages. A signal saves and ends them; out of memory is exit 8."""
+    """Run these stages, but not those of length 0.
+
+    A signal saves and ends them; out of memory is exit 8.
+    """
     with run.signals:
         for name in names:
+            if name in TRAINED and name not in run.config.trained:
+                continue
             try:
                 STAGES[name](run)
                 device.release_memory()
             except Exception as problem:
-                if name not in BATCHES or not device.is_out_of_memory(problem):
+                if name not in TRAINED or not device.is_out_of_memory(problem):
                     raise
-                half = max(1, getattr(run.config, BATCHES[name]) // 2)
-                flag = "--" + BATCHES[name].replace("_", "-")
+                flag, size = batch_of(run.config, name)
                 raise UserError(
-                    Exit.MEMORY, f"out of memory in stage {name}; try {flag} {half}"
+                    Exit.MEMORY,
+                    f"out of memory in stage {name}; try {flag} {max(1, size // 2)}",
                 ) from None
+
+
+def batch_of(config: Config, stage: str) -> tuple[str, int]:
+    """The flag of a stage's batch size, and its value."""
+    name = TRAINED[stage].batch_size
+    return "--" + name.replace("_", "-"), getattr(config, name)
 
 
 def check_shares(config: Config):
     """Raise UserError (exit 2) unless each process gets an even share of each batch."""
-    for stage, name in BATCHES.items():
-        if stage == "denoiser" and not config.denoiser_kimg:
-            continue
-        if getattr(config, name) % distributed.count():
+    n = distributed.count()
+    for flag, size in (batch_of(config, stage) for stage in config.trained):
+        if size % n:
             raise UserError(
-                Exit.USAGE,
-                f"--{name.replace('_', '-')} {getattr(config, name)} does not divide evenly "
-                f"among {distributed.count()} processes",
+                Exit.USAGE, f"{flag} {size} does not divide evenly among {n} processes"
             )
 
 

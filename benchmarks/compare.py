@@ -530,7 +530,7 @@ LABELS = {way: label for row in ROWS.values() for way, label in row.labels.items
 
 def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
     """Seconds that RUN's stages were trained."""
-    paths = [run.folder / f"{stage}_last.pt" for stage in stages if stage in run.trained]
+    paths = [run.folder / f"{stage}_last.pt" for stage in stages if stage in run.config.trained]
     return sum(checkpoints.load_checkpoint(path)["seconds"] for path in paths)
 
 
@@ -540,7 +540,7 @@ def one_row(name: str, run: predict.TrainedRun, arguments):
     check_data(run, data)
     device.set_threads(run.config.threads)
     before = seconds_of(run, "vqvae", "decoder") if row.over_maps else 0.0
-    whole = 60 * arguments.minutes if arguments.minutes else seconds_of(run, *run.trained)
+    whole = 60 * (arguments.minutes or 0) or seconds_of(run, *run.config.trained)
     if whole <= before:
         raise UserError(Exit.USAGE, f"--minutes: RUN's VQ-VAE and decoder took {before:.0f} s")
     given = Given(run, data, whole - before, arguments.lr)
@@ -555,7 +555,7 @@ def one_row(name: str, run: predict.TrainedRun, arguments):
     for way, (networks, draw) in ways.items():
         if way in OURS:
             left_out = way.removeprefix("ours-no-")
-            seconds = seconds_of(run, *(s for s in run.trained if s != left_out))
+            seconds = seconds_of(run, *(s for s in run.config.trained if s != left_out))
         begun = time.monotonic()
         images = draw(levels)
         drawing = time.monotonic() - begun

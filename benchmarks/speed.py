@@ -1,7 +1,7 @@
 """How fast is it, beside a plain implementation and beside other libraries?
 
     pip install -r benchmarks/requirements.txt        # the other libraries
-    python benchmarks/speed.py                        # about 10 minutes, on an idle machine
+    python benchmarks/speed.py                        # eight minutes, on an idle machine
     python benchmarks/speed.py --groups search ssim   # these; the others keep their numbers
     python benchmarks/speed.py --table                # the table, from the JSON
 
@@ -12,27 +12,36 @@ a warm-up, and medians are compared. Inputs are slices of the embedded set.
 """
 
 import argparse
+import collections
+import contextlib
 import functools
+import io
 import json
 import multiprocessing
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 import timeit
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
 
 
 class Row(NamedTuple):
-    """A row of the table: this project's side beside another one. Sides: names in sides.py."""
+    """A row of the table: a function of this project's side, and one of another side."""
 
     work: str
     here: str
-    other: str
-    unit: str  # items per second; "s": seconds per item
+    other: str = ""
+    unit: str = "slices/s"  # items per second; "s": seconds per item
     aim: str = "-"
 
     @property
@@ -40,37 +49,31 @@ class Row(NamedTuple):
         return self.here.partition("_")[0]
 
 
-STEP = "VQ-VAE training step, seed architecture, batch 128"
-SEARCH, OPEN = "code search, 32,768 vectors, K 512, D 64", "opening 9,664 PNG slices"
-LOADER = "cv2 in a DataLoader, one epoch"
-MAPS, DCGAN = "index maps from the memory map, float32", "DCGAN training step, batch 32"
-DRAW = "generation, noise to 256x256 slice"
-ALONE = "the same by DCGAN and VQ-VAE alone, no denoiser, no sharper decoder"
+STEP = "VQ-VAE training step, original networks, batch 128"
+OPEN = "opening 9,664 PNG slices"
 ROWS = (
-    Row(f"{STEP}, float32", "vqvae_here", "vqvae_plain", "slices/s", "10x"),
-    Row(f"{STEP}, float32", "vqvae_here", "vqvae_monai", "slices/s", "6x"),
-    Row(f"{STEP}, bfloat16", "vqvae_here_bfloat16", "vqvae_plain", "slices/s", "18x"),
-    Row(f"{SEARCH}, of 8 slices", "search_here", "search_vqp", "vectors/s", "5x"),
-    Row(f"{SEARCH}, of 8 slices", "search_here", "search_monai", "vectors/s", "5x"),
-    Row(f"{SEARCH}, no background", "dense_here", "dense_vqp", "vectors/s"),
-    Row(f"{SEARCH}, no background", "dense_here", "dense_monai", "vectors/s"),
-    Row(MAPS, "maps_here", "maps_plain", "slices/s", "4x"),
-    Row(DCGAN, "dcgan_here", "dcgan_plain", "maps/s", "2x"),
-    Row(DRAW, "generate_here", "generate_transformer", "slices/s", "300 slices/s, 10,000x"),
-    Row(ALONE, "generate_here_alone", "generate_transformer", "slices/s"),
+    Row(f"{STEP}, float32", "vqvae_here", "vqvae_plain", aim="10x"),
+    Row(f"{STEP}, float32", "vqvae_here", "vqvae_monai", aim="6x"),
+    Row(f"{STEP}, bfloat16", "vqvae_here_bfloat16", "vqvae_plain", aim="18x"),
+    Row("code search in 8 slices, K 512, D 64", "search_here", "search_vqp", "cells/s", "5x"),
+    Row("DCGAN training step, batch 32", "dcgan_here", "dcgan_plain", "maps/s", "2x"),
+    Row("generation, noise to slice", "generate_here", aim="300 slices/s"),
+    Row("generation without denoiser and sharper decoder", "generate_here_alone"),
     Row(f"{OPEN}, first time", "open_here", "open_loader", "s", "10 s"),
     Row(f"{OPEN}, again", "open_here_again", "open_loader", "s", "0.1 s"),
-    Row("SSIM as a metric, 64 slices", "ssim_here", "ssim_msssim", "slices/s", "3x"),
+    Row("SSIM as a metric, 64 slices", "ssim_here", "ssim_msssim", aim="3x"),
 )
 GROUPS = tuple(dict.fromkeys(row.group for row in ROWS))
 LABELS = {  # of other sides, by the last part of their names
-    "monai": "MONAI", "transformer": "MONAI's transformer, extrapolated", "plain": "plain",
-    "vqp": "vector-quantize-pytorch", "msssim": "pytorch-msssim", "loader": LOADER,
+    "monai": "MONAI VQVAE", "plain": "plain", "vqp": "vector-quantize-pytorch",
+    "msssim": "pytorch-msssim", "loader": "cv2 in a DataLoader, one epoch", "": "-",
 }  # fmt: skip
 ABSENT = "not installed: `pip install -r benchmarks/requirements.txt`"
 TURNS = 3
 TURN_S = 0.5  # a turn repeats its work for about this long
 TAMED = ", tamed"  # ends the key of another side that is measured with this project's malloc
+PNGS, CASE = 9664, 16  # slices of the original's data set; slices per subject
+CPU_COUNT = os.cpu_count() or 1
 
 
 def parse() -> argparse.Namespace:
@@ -87,18 +90,291 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":  # --help must not wait for the import of torch
     ARGUMENTS = parse()
 
-import sides  # makes the project's own files importable
+import cv2
+import numpy as np
+import plain
 import torch
+import torch.nn.functional as F
 
+import modules
+import train
 from config import Config
-from dataset import open_data
+from dataset import evenly, open_data
+from modules import generator_of
+from scores import metrics
+from stages.decoder import widen_decoder
+from stages.denoiser import make_denoiser
+from stages.losses import random_corner, structural_loss
+from stages.stage import CROP, seeded
 from support import device, endings, files, messages
+
+CPU = torch.device("cpu")
+
+
+class Inputs:
+    """What the sides read: slices of the embedded set, and a folder for temporary files."""
+
+    def __init__(self, cache: str, work: str):
+        self.config, self.work = Config(cache=cache, optimizer="adam"), Path(work)
+
+    @functools.cached_property
+    def data(self):
+        return quietly(open_data, self.config)
+
+    def slices(self, n: int) -> torch.Tensor:
+        """n training slices (n, 1, 256, 256), evenly spaced."""
+        return self.data.train.batch(evenly(len(self.data.train), n))
+
+    def pngs(self) -> Path:
+        """A folder of 9,664 PNG slices with the names of the original's data set."""
+        root = self.work / "keras_png_slices_data"
+        folder = root / "keras_png_slices_train"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            for i in range(PNGS):
+                pixels = self.data.images[i % len(self.data.images)]
+                name = f"case_{i // CASE:03d}_slice_{i % CASE}.nii.png"
+                (folder / name).write_bytes(cv2.imencode(".png", pixels)[1])
+        return root
+
+
+def quietly(function, *arguments):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments)
+
+
+# --- sides: Inputs -> a function, and the number of items that one call of it processes. If
+# that function returns a float, it has measured its seconds itself. A library is imported only
+# by its own side, since it may not be installed.
+
+
+def a_run(here: Inputs, config: Config) -> SimpleNamespace:
+    """The parts of `stages.stage.Run` that a training step reads."""
+    return SimpleNamespace(config=config, seed=0, device=CPU, data=here.data)
+
+
+def some_vqvae(here: Inputs, config: Config) -> modules.VQVAE:
+    """A VQ-VAE at the start of its training, with codes from real slices."""
+    model = seeded(0, 0, lambda: modules.make_vqvae(config))
+    train.start_codebook(model, here.data.train, a_run(here, config))
+    return model
+
+
+def a_corner(images: torch.Tensor) -> torch.Tensor:
+    """The corner (2,) of the loss's window."""
+    return random_corner(*images.shape[2:], Config.window_px, generator_of(0, CROP, 0))
+
+
+def plain_twin(model: modules.VQVAE) -> plain.VQVAE:
+    """The same weights in the plain implementation."""
+    twin = plain.VQVAE(*model.quantizer.codebook.shape)
+    twin.load_state_dict(model.state_dict())
+    return twin.to(memory_format=torch.contiguous_format)
+
+
+def vqvae_here(here: Inputs, precision: str = "float32"):
+    config = replace(here.config, precision=precision)
+    model, images = some_vqvae(here, config), here.slices(128)
+    adam = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
+    step = functools.partial(train.vqvae_step, model, adam, config, structural_loss(config))
+    return functools.partial(step, images, a_corner(images), quantize=True), len(images)
+
+
+vqvae_here_bfloat16 = functools.partial(vqvae_here, precision="bfloat16")
+
+
+def vqvae_plain(here: Inputs):
+    model, images = plain_twin(some_vqvae(here, here.config)), here.slices(128)
+    adam = torch.optim.Adam(model.parameters(), lr=here.config.lr)
+    given = model, adam, images, here.config, a_corner(images)
+    return functools.partial(plain.vqvae_step, *given), len(images)
+
+
+def vqvae_monai(here: Inputs):
+    """MONAI's VQ-VAE: equal widths, K and D, no residual layers; with this project's loss."""
+    from monai.networks.nets import VQVAE
+
+    config, images = here.config, here.slices(128)
+    widths = config.widths[:2]
+    model = VQVAE(
+        2, 1, 1, channels=widths, num_res_layers=0, num_res_channels=widths,
+        downsample_parameters=((2, 4, 1, 1),) * 2, upsample_parameters=((2, 4, 1, 1, 0),) * 2,
+        num_embeddings=config.codes, embedding_dim=config.code_dim,
+    )  # fmt: skip
+    adam = torch.optim.Adam(model.parameters(), lr=config.lr)
+    loss_of, corner = structural_loss(config), a_corner(images)
+
+    def step():
+        output, commitment = model(images)
+        loss = loss_of(output, images, corner) + commitment
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+
+    return step, len(images)
+
+
+def search_here(here: Inputs):
+    """The search starts before the projection and finds all background at once."""
+    model = some_vqvae(here, here.config).requires_grad_(False)
+    rows, quantizer = modules.cells(model.encoder(here.slices(8))), model.quantizer
+
+    def search() -> torch.Tensor:
+        return F.embedding(quantizer.search(rows, model.pre_vq), quantizer.codebook)
+
+    return search, len(rows)
+
+
+def search_vqp(here: Inputs):
+    """The library searches a ready z."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    model = some_vqvae(here, here.config).requires_grad_(False)
+    K, D = model.quantizer.codebook.shape
+    other = VectorQuantize(dim=D, codebook_size=K).eval().requires_grad_(False)
+    other.codebook = model.quantizer.codebook
+    z = model.pre_vq(model.encoder(here.slices(8)))  # (8, D, h, w)
+    z = z.permute(0, 2, 3, 1).flatten(1, 2).contiguous()  # (8, h*w, D)
+    return functools.partial(other, z), z[..., 0].numel()
+
+
+class Gan(train.Gan):
+    """A DCGAN at the start of its training, whose maps come from a VQ-VAE without training."""
+
+    def __init__(self, here: Inputs, config: Config):
+        self.run, self.vqvae = a_run(here, config), some_vqvae(here, config)
+        self.levels = torch.from_numpy(here.data.train.levels[evenly(len(here.data.train), 32)])
+        with torch.no_grad():
+            maps = self.vqvae.encode(here.slices(32))
+        counts = torch.bincount(maps.flatten(), minlength=config.codes)
+        self.code_map = modules.CodeMap.fit(
+            self.vqvae.quantizer.codebook, counts, config.order, config.map_channels,
+            crop=train.crop_of(here.data.train, config),
+        )  # fmt: skip
+        self.make_networks()
+        noise = torch.randn(32, config.noise_dim, generator=generator_of(0))
+        real = self.code_map.encode(self.code_map.crop.cut(maps))
+        self.ready = real, self.levels, noise  # a batch
+
+
+def plain_gan(here: Inputs, config: Config) -> Gan:
+    """The same with NCHW weights, a plain first layer and optimisers that are not fused."""
+    gan = Gan(here, config)
+    first = gan.G.layers[0]
+    gan.G.layers[0] = torch.nn.ConvTranspose2d(1, 1, first.kernel_size, bias=False)
+    gan.G.layers[0].weight = first.weight
+    for name, network in (("G_optimizer", gan.G), ("D_optimizer", gan.D)):
+        network.to(memory_format=torch.contiguous_format)
+        group = getattr(gan, name).param_groups[0]
+        adam = torch.optim.Adam(network.parameters(), group["lr"], group["betas"])
+        setattr(gan, name, adam)
+    return gan
+
+
+def steps_of(step, gan: Gan):
+    """The steps from one penalty to the next, and the number of maps in them."""
+    config = gan.run.config
+
+    def steps():
+        for number in range(config.penalty_every):
+            step(gan, *gan.ready, penalise=number == 0)
+
+    return steps, config.penalty_every * config.gan_batch_size
+
+
+def dcgan_here(here: Inputs):
+    return steps_of(train.dcgan_step, Gan(here, here.config))
+
+
+def dcgan_plain(here: Inputs):
+    return steps_of(plain.dcgan_step, plain_gan(here, here.config))
+
+
+def generate_here(here: Inputs, refined: bool = True):
+    """Noise to slices, as predict.py. refined: with the denoiser and the sharper decoder."""
+    config, gan = here.config, Gan(here, here.config)
+    restore, vqvae = None, gan.vqvae
+    if refined:
+        denoiser = make_denoiser(config).eval()
+        denoiser.fit(gan.code_map, torch.ones(config.codes))
+        autocast = functools.partial(device.autocast, CPU, config.precision)
+        restore = denoiser.restorer(gan.code_map, autocast)
+        vqvae = widen_decoder(vqvae, config)
+    gan.G.eval()
+    noise, level = gan.ready[2].repeat(2, 1), gan.levels.repeat(2)
+
+    def generate():
+        maps = modules.draw_maps(gan.G, gan.code_map, noise, level, restore)
+        modules.in_full_batches(vqvae.decode, maps)
+
+    return generate, len(noise)
+
+
+generate_here_alone = functools.partial(generate_here, refined=False)
+
+
+def open_here(here: Inputs):
+    def work() -> float:
+        with tempfile.TemporaryDirectory(dir=here.work) as cache:
+            return opened(Config(data=str(here.pngs()), cache=cache))
+
+    return work, 1
+
+
+def open_here_again(here: Inputs):
+    config = Config(data=str(here.pngs()), cache=str(here.work / "cache"))
+    opened(config)
+    return lambda: opened(config), 1
+
+
+def opened(config: Config) -> float:
+    """Open the data; return the seconds that it took."""
+    return timeit.timeit(lambda: quietly(open_data, config), number=1)
+
+
+class PngFiles(torch.utils.data.Dataset):
+    def __init__(self, root: Path):
+        self.paths = sorted(map(str, root.rglob("*.png")))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        blob = np.fromfile(self.paths[i], np.uint8)
+        return torch.from_numpy(cv2.imdecode(blob, cv2.IMREAD_GRAYSCALE))[None] / 255
+
+
+def open_loader(here: Inputs):
+    pngs = PngFiles(here.pngs())
+    loader = torch.utils.data.DataLoader(pngs, 32, shuffle=True, num_workers=CPU_COUNT)
+    return lambda: collections.deque(loader, maxlen=0), 1
+
+
+def ssim_pair(here: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """64 slices and noisy copies of them."""
+    x = here.slices(64)
+    noise = torch.randn(x.shape, generator=generator_of(0))
+    return x, (x + 0.05 * noise).clamp(0, 1)
+
+
+def ssim_here(here: Inputs):
+    return functools.partial(metrics.ssim, *ssim_pair(here)), 64
+
+
+def ssim_msssim(here: Inputs):
+    from pytorch_msssim import ssim
+
+    given = {"data_range": 1.0, "size_average": False}
+    return functools.partial(ssim, *ssim_pair(here), **given), 64
+
+
+# --- measuring ----------------------------------------------------------------------------
 
 
 def start(tamed: bool, cache: str, work: str):
     """Prepare a side's own process."""
     global inputs
-    inputs = sides.Inputs(cache, work)
+    inputs = Inputs(cache, work)
     torch.set_flush_denormal(True)  # as `endings.run_script`
     if tamed:
         device.tame_malloc()
@@ -107,7 +383,7 @@ def start(tamed: bool, cache: str, work: str):
 @functools.cache
 def made(side: str):
     torch.manual_seed(0)
-    return getattr(sides, side)(inputs)
+    return globals()[side](inputs)
 
 
 def turn(side: str) -> float:
@@ -126,7 +402,7 @@ def turn(side: str) -> float:
 def sides_of(group: str) -> dict[str, bool]:
     """Each side of a group, and whether its process has this project's malloc settings."""
     rows = [row for row in ROWS if row.group == group]
-    others = [row.other for row in rows]
+    others = [row.other for row in rows if row.other]
     tamed = [row.here for row in rows] + [other + TAMED for other in others]
     return dict.fromkeys(tamed, True) | dict.fromkeys(others, False)
 
@@ -152,7 +428,7 @@ def measure(group: str, cache: str, work: str) -> dict[str, list[float] | None]:
 def machine() -> str:
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return f"{name[1] if name else '?'}, {os.cpu_count()} cores, torch {torch.__version__}"
+    return f"{name[1] if name else '?'}, {CPU_COUNT} cores, torch {torch.__version__}"
 
 
 def table(found: dict) -> str:

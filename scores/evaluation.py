@@ -387,7 +387,8 @@ def evaluate(run, data: Data) -> dict:
         )
         for kind, some in shown.items()
     }
-    generation["as_the_seed_counts_it"] = as_the_seed_counts_it(shown["generated"][:1], data)
+    one = shown["generated"][:1]
+    generation["as_the_original_counts_it"] = as_the_original_counts_it(one, data)
     result = {
         "seed": run.seed,
         "stamp": run.stamp,
@@ -399,7 +400,7 @@ def evaluate(run, data: Data) -> dict:
     return result
 
 
-def as_the_seed_counts_it(one: Tensor, data: Data) -> dict[str, float]:
+def as_the_original_counts_it(one: Tensor, data: Data) -> dict[str, float]:
     """The original project's count: SSIM of one sample (1, 1, 256, 256) to each test slice."""
     scores = in_parts(lambda x: metrics.ssim(one.expand_as(x), x), data.test)
     return {
@@ -541,7 +542,7 @@ def table(result: dict) -> str:
         f"{c['bits_per_pixel']:.3f} bits per pixel",
         generation_table(g),
     ]
-    s, copies = g["as_the_seed_counts_it"], g["memorised_share"]["planted_copies"]
+    s, copies = g["as_the_original_counts_it"], g["memorised_share"]["planted_copies"]
     lines.append(f"  memorised share of planted training slices, a control: {copies:.3f}")
     lines.append(
         f"  one sample against every test slice, as the original project counts it: mean SSIM "

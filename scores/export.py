@@ -151,8 +151,9 @@ Source: {source}; split {split}; {skipped} files skipped.
 
 ## Memorisation
 
-{share} of the samples are nearer to a training slice than 99 % of unseen people's slices are.
-Chance is 1 %; copies of training slices are at {copies}.
+The distance of each slice to its nearest training slice was measured. For {share} of the
+samples it is smaller than for 99 % of unseen people's slices. Chance is 1 %; copies of training
+slices: {copies}.
 
 ## Licence
 

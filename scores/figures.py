@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from torchvision.utils import make_grid
 
-from config import SEEN
+from config import TRAINED
 
 Array = np.ndarray
 DPI = 100
@@ -85,7 +85,7 @@ def curves(rows: list[dict], stage: str, stamp: str = "") -> Figure:
     fig = _figure(11, 3.4 * lines, stamp, layout="constrained")
     axes = fig.subplots(lines, len(panels) // lines, squeeze=False)
     for ax, panel in zip(axes.flat, panels, strict=True):
-        _style(ax, panel.title, f"thousands of {SEEN[stage]} seen")
+        _style(ax, panel.title, f"thousands of {TRAINED[stage].seen} seen")
         for (column, label), colour in zip(panel.columns.items(), COLOURS, strict=False):
             measured = [row for row in rows if row.get(column) is not None]
             x, y = ([row[name] for row in measured] for name in ("nimg", column))

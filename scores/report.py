@@ -121,7 +121,8 @@ def save_figures(run, data: Data, rows: list[dict]):
     neighbours = data.train.batch(nearest[:, 0])[:, 0].numpy()
     counts = run.counts[run.code_map.used.cpu()].numpy()
     drawings = {
-        f"curves_{stage}": partial(figures.curves, rows, stage, stamp) for stage in run.trained
+        f"curves_{stage}": partial(figures.curves, rows, stage, stamp)
+        for stage in run.config.trained
     }
     drawings |= {
         "reconstructions": lambda: reconstructions(run, test[:8]),
@@ -157,7 +158,7 @@ def reconstructions(run, images: Tensor):
 def pictures_of(run, data: Data) -> dict:
     """All pictures of the best run, as data: URIs in lists and dicts."""
     return {
-        "curves": {stage: saved(run, f"curves_{stage}") for stage in run.trained},
+        "curves": {stage: saved(run, f"curves_{stage}") for stage in run.config.trained},
         "reconstructions": saved(run, "reconstructions"),
         "histogram": saved(run, "code_histogram"),
         **samples(run, data),

@@ -85,7 +85,7 @@ def last_vqvae(real: RealMaps) -> VQVAE:
     run = real.run
     if not run.config.decoder_kimg:
         return trained_vqvae(run)
-    require(run, "decoder", run.config.decoder_kimg)
+    require(run, "decoder")
     path = run.path("decoder_best.pt")
     values = checkpoints.load_checkpoint(
         path, stage="decoder", **run.fingerprint(), **real.link
@@ -151,13 +151,9 @@ class Decoding:
 def train_decoder(run: Run):
     """Train until `decoder_kimg`; `decoder_best.pt` holds the latest average of good SSIM."""
     config = run.config
-    if config.decoder_kimg == 0:
-        return
     real, decoding = RealMaps(run), Decoding(run, trained_vqvae(run))
     slices, average = Feed(run.data.train.images, run.device), decoding.average
-    stage = Stage(
-        run, "decoder", config.decoder_kimg, config.batch_size, decoding.parts(), **real.link
-    )
+    stage = Stage(run, "decoder", decoding.parts(), **real.link)
     if stage.step == 0:  # the score of stage 1 sets the bar
         measure_decoder(average, real, stage)
     loss = loss_of(run.data.train, config)

@@ -278,10 +278,7 @@ def train_denoiser(run: Run):
 
     `denoiser_best.pt` holds the averaged weights of least validation loss.
     """
-    config = run.config
-    if config.denoiser_kimg == 0:
-        return
-    real = RealMaps(run)
+    config, real = run.config, RealMaps(run)
     denoiser = seeded(run.seed, 3, lambda: make_denoiser(config)).to(run.device)
     code_map = real.code_map
     if code_map.even:  # bins; the denoiser needs coordinates
@@ -291,8 +288,7 @@ def train_denoiser(run: Run):
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
     muon = Muon(denoiser, config.denoiser_lr, betas=(0.9, 0.99))
     parts = {"denoiser": denoiser, "average": average, "muon": muon}
-    n = config.denoiser_batch_size
-    stage = Stage(run, "denoiser", config.denoiser_kimg, n, parts, **real.link)
+    stage = Stage(run, "denoiser", parts, **real.link)
     step = device.Recorded(functools.partial(denoiser_step, denoiser, muon, config))
     while not stage.done:
         lr = stage.lr(config.denoiser_lr)
@@ -300,7 +296,7 @@ def train_denoiser(run: Run):
         batch, start = denoiser_batch(denoiser, real, stage)
         loss = step(*batch, start=start)
         half_life = min(1000 * config.denoiser_ema_kimg, 0.1 * stage.nimg)
-        update_average(average, denoiser, half_life, n)
+        update_average(average, denoiser, half_life, stage.batch_size)
         stage.after_step({"loss": loss}, lambda: measure_denoiser(average, real, stage), lr)
     stage.progress.close()
 

@@ -18,7 +18,7 @@ from support import checkpoints, files
 
 def trained_vqvae(run: Run) -> VQVAE:
     """The best weights of stage 1. Raises UserError (exit 4) if they are unusable."""
-    require(run, "vqvae", run.config.vqvae_kimg)
+    require(run, "vqvae")
     path = run.path("vqvae_best.pt")
     values = checkpoints.load_checkpoint(path, stage="vqvae", **run.fingerprint())
     model = modules.make_vqvae(run.config)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from config import SEEN, VERSION, Config, Exit, UserError
+from config import TRAINED, VERSION, Config, Exit, UserError
 from dataset import Data
 from modules import generator_of
 from scores import metrics
@@ -171,18 +171,20 @@ class Pace:
 class Stage:
     """The position of a training stage, and what happens after each step."""
 
-    def __init__(self, run: Run, name: str, kimg: float, batch_size: int, parts: dict, **given):
+    def __init__(self, run: Run, name: str, parts: dict, **given):
         """parts: what a checkpoint saves. given: further values that it must match."""
-        self.run, self.name, self.parts, self.batch_size = run, name, parts, batch_size
-        self.schedule = Schedule(max(1, math.ceil(kimg * 1000 / batch_size)), run.config)
+        self.run, self.name, self.parts, self.seen = run, name, parts, TRAINED[name].seen
+        kimg = getattr(run.config, TRAINED[name].kimg)
+        self.batch_size = getattr(run.config, TRAINED[name].batch_size)
+        self.schedule = Schedule(max(1, math.ceil(kimg * 1000 / self.batch_size)), run.config)
         self.expected = {"stage": name, **run.fingerprint(), **given}
         self.nimg, self.best = 0, None
         self.means, self.clock, self.pace = Means(), Clock(), Pace()
         self.last = run.path(f"{name}_last.pt")
         self.restore()
         self.saved = time.monotonic()
-        total, label = self.steps * batch_size, f"seed {run.seed} {name}"
-        self.progress = messages.Progress(total, label, SEEN[name], self.nimg)
+        total, label = self.steps * self.batch_size, f"seed {run.seed} {name}"
+        self.progress = messages.Progress(total, label, self.seen, self.nimg)
 
     @property
     def steps(self) -> int:
@@ -256,7 +258,7 @@ class Stage:
         if distributed.is_first():
             self.run.log.keep(self.name, -1 if values is None else self.nimg)
         if values is not None and not self.done:
-            messages.say(f"{self.name}: resuming at {self.nimg} {SEEN[self.name]} seen")
+            messages.say(f"{self.name}: resuming at {self.nimg} {self.seen} seen")
 
     def save(self):
         """Write `<stage>_last.pt`; the first process writes for all."""
@@ -295,17 +297,17 @@ def check_finite(stage: Stage, values: dict[str, Tensor]):
         raise UserError(
             Exit.DIVERGED,
             f"{stage.name} diverged: {bad[0]} is not finite at step {stage.step} ({stage.nimg} "
-            f"{SEEN[stage.name]} seen) of seed {stage.run.seed}; {stage.last.name} was saved "
+            f"{stage.seen} seen) of seed {stage.run.seed}; {stage.last.name} was saved "
             f"before. Try {lower.get(stage.name, '')}--precision float32",
         )
 
 
-def require(run: Run, name: str, kimg: float):
+def require(run: Run, name: str):
     """Raise UserError (exit 4) unless stage `name` of this run is finished."""
     path = run.path(f"{name}_last.pt")
     require_file(path, name)
     values = checkpoints.load_checkpoint(path, stage=name, **run.fingerprint())
-    if values["nimg"] < kimg * 1000:
+    if values["nimg"] < run.config.trained[name] * 1000:
         raise UserError(
             Exit.CHECKPOINT, f"{path}: stage {name} is not finished; run --stage {name} again"
         )

@@ -293,7 +293,7 @@ def test_the_predict_commands_of_the_pages_run_as_they_stand(words, finished, sl
         elif word == "pretrained":
             words[at] = str(ROOT / word)
         elif word.endswith("_DIR"):
-            parts = {"REAL_DIR": "train", "FAKE_DIR": "test", "OTHER_REAL_DIR": "validate"}
+            parts = {"REAL_DIR": "train", "FAKE_DIR": "test", "UNSEEN_DIR": "validate"}
             part = parts[word]
             words[at] = str(slices / f"keras_png_slices_{part}")
     if "--out" not in words:

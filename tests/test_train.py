@@ -296,7 +296,7 @@ def test_a_finished_run_trains_nothing(whole, data, monkeypatch):
 
 def test_weights_that_are_not_finite_reach_no_checkpoint(data, tmp_path):
     bad = torch.nn.Linear(3, 1)
-    stage = Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": bad})
+    stage = Stage(a_run(tmp_path, data), "vqvae", {"model": bad})
     stage.save()
     before = stage.last.read_bytes()
     with torch.no_grad():
@@ -435,7 +435,7 @@ def test_the_learning_rate_rises_and_then_falls_as_a_cosine():
 
 def test_measurements_are_due_as_often_as_said_and_at_the_end(data, tmp_path):
     config = replace(TINY, vqvae_kimg=1.6, log_rows=40)
-    stage = Stage(a_run(tmp_path, data, config=config), "vqvae", 1.6, 4, {})
+    stage = Stage(a_run(tmp_path, data, config=config), "vqvae", {})
     due = []
     for step in range(1, 401):
         stage.nimg = 4 * step
@@ -445,7 +445,7 @@ def test_measurements_are_due_as_often_as_said_and_at_the_end(data, tmp_path):
 
 def test_the_best_changes_only_for_a_finite_better_score(data, tmp_path):
     model = torch.nn.Linear(1, 1)
-    stage = Stage(a_run(tmp_path, data), "vqvae", 0.052, 4, {"model": model})
+    stage = Stage(a_run(tmp_path, data), "vqvae", {"model": model})
     kept = []
     for score in (math.nan, math.inf, 3.0, math.nan, 4.0, -math.inf, 2.0, 2.0):
         stage.offer(score, model=model)
@@ -456,7 +456,7 @@ def test_the_best_changes_only_for_a_finite_better_score(data, tmp_path):
 
 def test_within_the_tolerance_later_weights_win_and_the_bar_stays(data, tmp_path):
     model, kept = torch.nn.Linear(1, 1), []
-    stage = Stage(a_run(tmp_path, data), "dcgan", 0.052, 4, {"model": model})
+    stage = Stage(a_run(tmp_path, data), "dcgan", {"model": model})
     for score in (9.0, 2.0, 2.3, 2.5, 2.35, math.nan, 1.9, 2.27, 2.3):
         stage.offer(score, tolerance=1.2, model=model)
         kept.append(checkpoints.load_checkpoint(tmp_path / "seed-0/dcgan_best.pt")["score"])
