@@ -20,6 +20,7 @@ import argparse
 import copy
 import csv
 import math
+import statistics
 import subprocess
 import sys
 import time
@@ -606,15 +607,25 @@ def read_rows() -> list[dict]:
 
 
 def table() -> str:
-    """The CSV as a Markdown table."""
-    columns = EFFORT | SCORES
-    lines = ["| way | data | seed | " + " | ".join(columns.values()) + " |"]
+    """The CSV as a Markdown table, in the order of ROWS: of several seeds, mean (sd)."""
+    columns, ways = EFFORT | SCORES, {}
+    order = [*LABELS, *(f"({kind})" for kind in KINDS)]
+    for row in sorted(read_rows(), key=lambda row: order.index(row["row"])):
+        ways.setdefault((row["row"], row["source"]), []).append(row)
+    lines = ["| way | data | seeds | " + " | ".join(columns.values()) + " |"]
     lines.append("| --- " * (3 + len(columns)) + "|")
-    for row in read_rows():
-        label = LABELS.get(row["row"], row["row"])
-        cells = [row[name] or "-" for name in columns]
-        lines.append("| " + " | ".join([label, row["source"], row["seed"], *cells]) + " |")
+    for (way, source), rows in ways.items():
+        cells = [mean_sd([float(row[name]) for row in rows if row[name]]) for name in columns]
+        label, seeds = LABELS.get(way, way), ", ".join(row["seed"] for row in rows)
+        lines.append("| " + " | ".join([label, source, seeds, *cells]) + " |")
     return "\n".join(lines)
+
+
+def mean_sd(values: list[float]) -> str:
+    if not values:
+        return "-"
+    mean, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0
+    return (f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}") + (f" ({sd:.1g})" if sd else "")
 
 
 def figure(run: predict.TrainedRun, out: str) -> Figure:

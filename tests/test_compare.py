@@ -59,7 +59,7 @@ def test_rows_are_trained_scored_and_added(name, finished, tmp_path, monkeypatch
         assert float(row["parameters_m"]) > 0 and row["source"] == rows[1]["source"]
     assert len(list((tmp_path / "out").glob("*/0*.png"))) == 8 * len(ways)
     table = compare.table()
-    assert table.count("\n") == 3 + 2 * len(ways)
+    assert table.count("\n") == 3 + len(ways)
     assert all(compare.LABELS[way] in table for way in ways)
 
 
@@ -86,6 +86,18 @@ def test_the_ways_of_this_project_leave_out_a_network_each(finished, monkeypatch
 def written(path, ways):
     lines = [f"{way},embedded,0,1.0" + "," * (len(compare.COLUMNS) - 4) for way in ways]
     path.write_text("\n".join([",".join(compare.COLUMNS), *lines]) + "\n")
+
+
+def test_the_table_gives_mean_and_sd_of_several_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
+    written(tmp_path / "comparison.csv", ["ours", "transformer"])
+    with open(tmp_path / "comparison.csv", "a", encoding="utf-8") as file:
+        for seed, minutes in ((1, 9), (2, 12)):
+            rest = "," * (len(compare.COLUMNS) - 5)
+            file.write(f"ours,embedded,{seed},1.0,{minutes}{rest}\n")
+    lines = compare.table().splitlines()[2:]
+    assert lines[0].startswith("| this project | embedded | 0, 1, 2 | 10.5 (2) | - |")
+    assert len(lines) == 2 and "| 0 | - | - |" in lines[1]
 
 
 def test_whole_rows_of_the_csv_are_skipped_and_half_ones_run_again(
