@@ -26,7 +26,7 @@ MAP = 64  # cells on a side of an index map
 PIXELS = 4  # on a side of a cell
 STEP, LEAST = 8, 32  # cells: a crop's sides are multiples of STEP, and at least LEAST
 DARK = 32  # of 255: a slice with under 1 % of brighter pixels is blank or black
-PRIVATE = "contains training data, do not publish"
+PRIVATE = "from private data, do not publish"
 SLICE_SPLIT = "split by slice, not by subject: every score is inflated"
 
 
@@ -250,6 +250,7 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
     report |= {
         "subjects": {part: len(set(splits[part].subjects.tolist())) for part in PARTS},
         "slices": {part: len(splits[part]) for part in PARTS},
+        "names": {part: sorted(set(splits[part].subjects.tolist())) for part in PARTS},
         "fingerprint": fingerprint,
     }
     if len(images) >= 64 and np.isnan(levels).all():

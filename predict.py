@@ -112,7 +112,7 @@ from support import checkpoints, device, endings, files, messages, runs
 # --- a finished run -----------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(repr=False)  # a notebook would print every weight
 class TrainedRun:
     """The networks of a finished run, ready to draw."""
 
@@ -410,7 +410,7 @@ def reconstruct_command(run: TrainedRun, arguments):
 def export_command(run: TrainedRun, arguments):
     check_own(run)
     export.export(run, Path(arguments.out))
-    messages.say(f"to share: {arguments.out}" + (f" ({run.stamp})" if run.stamp else ""))
+    messages.say(f"export: {arguments.out}" + (f" ({run.stamp})" if run.stamp else ""))
 
 
 def check_own(run: TrainedRun):
@@ -491,8 +491,14 @@ def score_command(arguments):
 
 
 def check_apart(*folders: str | None):
-    """Raise UserError (exit 2) if a folder lies in another one: slices would count twice."""
+    """Raise UserError (exit 2) if a folder lies in another one: slices would count twice.
+
+    Exit 3 if one is missing, before the others are decoded.
+    """
     places = [Path(folder).resolve() for folder in folders if folder]
+    for place in places:
+        if not place.is_dir():
+            raise UserError(Exit.DATA, f"{place} is not a folder")
     for one, other in itertools.permutations(places, 2):
         if one.is_relative_to(other):
             raise UserError(Exit.USAGE, f"{one} lies in {other}; give separate folders")

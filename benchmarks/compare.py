@@ -625,7 +625,7 @@ def mean_sd(values: list[float]) -> str:
     if not values:
         return "-"
     mean, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0
-    return (f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}") + (f" ({sd:.1g})" if sd else "")
+    return (f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}") + (f" ({sd:.2g})" if sd else "")
 
 
 def figure(run: predict.TrainedRun, out: str) -> Figure:

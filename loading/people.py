@@ -94,7 +94,7 @@ def _checked(pattern: str) -> str:
 
 def _choice(*readings: Reading) -> str:
     choices = [
-        f"{reading.persons} by {reading.what} ({reading.examples()[0]}): "
+        f"{reading.persons} persons by {reading.what} ({reading.examples()[0]}): "
         f"--subject-pattern '{reading.pattern}'"
         for reading in readings
     ]

@@ -102,14 +102,14 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
         problem = "is a file, not a folder" if exists else "does not exist or is not readable"
         if root.suffix.lower() in ARCHIVES:
             problem += ": unpack it, and give the folder"
-        raise UserError(Exit.DATA, f"--data {printable(root)} {problem}; {LAYOUTS}")
+        raise UserError(Exit.DATA, f"{printable(root)} {problem}" + f"; {LAYOUTS}" * exists)
     ignored = Counter()
     # Sorted twice: names that are equal in natural order (z1, z01) need a fixed order too.
     names = sorted(sorted(_walk(root, ignored)), key=_natural)
     names, kind = _raw_scans(names, ignored)
     if not names:
         held = ", ".join(f"{n:,} {what}" for what, n in ignored.items()) or "nothing"
-        raise UserError(Exit.DATA, f"no slices in --data {root} (it holds {held}); {LAYOUTS}")
+        raise UserError(Exit.DATA, f"no slices in {root} (it holds {held}); {LAYOUTS}")
     items = [Item(str(root), name, part=_part(name.rpartition("/")[0])) for name in names]
     notes = []
     if subjects:
@@ -136,6 +136,7 @@ def _walk(root: Path, ignored: Counter) -> Iterator[str]:
         except OSError:
             ignored["unreadable folders"] += 1
             continue
+        sheet = any(entry.name == SHEETS[0] for entry in entries)  # by predict.py
         for entry in entries:
             name, lower = entry.name, entry.name.lower()
             segmentation = in_segmentations or bool(_SEGMENTATION.search(lower))
@@ -151,7 +152,7 @@ def _walk(root: Path, ignored: Counter) -> Iterator[str]:
                 ignored["devices and pipes"] += 1
             elif segmentation:
                 ignored["segmentations"] += 1
-            elif name in SHEETS:
+            elif name in SHEETS or (name == "volume.nii.gz" and sheet):
                 ignored["contact sheets"] += 1
             else:
                 yield below
@@ -203,8 +204,11 @@ def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
         if matching := [name for name in volumes if pattern.search(name)]:
             chosen, kind = matching, preferred
             break
-    if others := len(names) - len(chosen):
-        ignored["other versions of the scans"] += others
+    others = set(names) - set(chosen)
+    if contrasts := len(list(filter(_is_other_contrast, others))):
+        ignored["other contrasts"] += contrasts
+    if versions := len(others) - contrasts:
+        ignored["other versions of the scans"] += versions
     once = {}  # x.nii, x.nii.gz and x.nii.gz/x.nii are the same scan
     for name in chosen:
         plain = people.collapsed(name)
@@ -217,16 +221,17 @@ def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
         for reason, drop in (
             ("derivatives", _COPY.search),
             ("processed by SPM", lambda name: _from_spm(name, stems)),
-            (
-                "other contrasts",
-                lambda name: _OTHER_CONTRAST.search(name) and not _T1.search(name),
-            ),
+            ("other contrasts", _is_other_contrast),
         ):
             kept = [name for name in chosen if not drop(name)]
             if kept and len(kept) < len(chosen):
                 ignored[reason] += len(chosen) - len(kept)
                 chosen = kept
     return chosen, kind
+
+
+def _is_other_contrast(name: str) -> bool:
+    return bool(_OTHER_CONTRAST.search(name)) and not _T1.search(name)
 
 
 def _stem(name: str) -> str:

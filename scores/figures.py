@@ -66,7 +66,7 @@ PANELS = {
         Panel("loss", {"g_loss": "generator", "d_loss": "discriminator"}),
         Panel("gradient penalties", {"r1": "R1, real", "r2": "R2, generated"},
               log=True),
-        Panel("relative Fréchet distance (dashed: real)", {"fd_validation": ""},
+        Panel("relative FD without denoiser (dashed: best)", {"fd_validation": ""},
               log=True, ideal=1),
         Panel("diversity (dashed: real maps)", {"diversity": ""}, ideal=1),
     ),

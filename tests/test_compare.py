@@ -96,7 +96,7 @@ def test_the_table_gives_mean_and_sd_of_several_seeds(tmp_path, monkeypatch):
             rest = "," * (len(compare.COLUMNS) - 5)
             file.write(f"ours,embedded,{seed},1.0,{minutes}{rest}\n")
     lines = compare.table().splitlines()[2:]
-    assert lines[0].startswith("| this project | embedded | 0, 1, 2 | 10.5 (2) | - |")
+    assert lines[0].startswith("| this project | embedded | 0, 1, 2 | 10.5 (2.1) | - |")
     assert len(lines) == 2 and "| 0 | - | - |" in lines[1]
 
 

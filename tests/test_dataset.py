@@ -208,7 +208,8 @@ def test_the_course_set_keeps_its_split_folders(tmp_path, capsys):
     assert data.report["subjects"] == {"train": 6, "validation": 2, "test": 2}
     assert data.report["ignored"] == {"segmentations": 40}
     assert subjects(data.validation) == {"case_007", "case_008"}
-    assert data.stamp == "contains training data, do not publish"
+    assert data.report["names"]["test"] == ["case_009", "case_010"]
+    assert data.stamp == "from private data, do not publish"
     assert np.array_equal(data.train.images[data.train.rows[5]], grey(201))
     assert "40 segmentations" in capsys.readouterr().out
 
@@ -281,7 +282,7 @@ def test_bids_and_oasis3_give_one_t1w_volume_per_session(tmp_path, folder):
     assert [len(subjects(split)) for split in splits(data)] == [1, 1, 1]
     assert data.report["slices"] == {"train": 10, "validation": 10, "test": 10}
     assert subjects(data.train) < {"OAS30001", "OAS30002", "OAS30003"}
-    ignored = {"other versions of the scans": 6, "repeated scans of a session": 6}
+    ignored = {"other contrasts": 6, "repeated scans of a session": 6}
     assert data.report["ignored"] == ignored
 
 
@@ -657,7 +658,9 @@ def test_errors_about_the_data_path_name_the_accepted_layouts(tmp_path):
     (tmp_path / "file.png").write_bytes(PNG)
     course_tree(tmp_path / "course")
     segmentations = "course/keras_png_slices_seg_train"
-    for name in ("missing", "empty", "other", "file.png", segmentations):
+    missing = failure(opened, tmp_path, "missing")
+    assert str(tmp_path / "missing") in missing and "NIfTI" not in missing
+    for name in ("empty", "other", "file.png", segmentations):
         message = failure(opened, tmp_path, name)
         assert "NIfTI" in message and "OAS1" in message and str(tmp_path / name) in message
     assert "1 DICOM (dcm2niix" in failure(opened, tmp_path, "other")

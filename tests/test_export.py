@@ -73,7 +73,7 @@ def test_the_card_says_whose_data_how_good_and_how_much_is_copied(run, tmp_path)
     public, private = (
         (tmp_path / name / "README.md").read_text() for name in ("public", "private")
     )
-    assert "| train | 10 | 10 |" in public and "12.5 % of the samples" in public
+    assert "| train | 10 | 10 |" in public and "12.5 % of the\nsamples" in public
     assert all(label in public for label in evaluation.LABELS.values())
     assert "Louis Collins" in public and "OASIS" not in public
     assert PRIVATE in private and "data-use agreement" in private

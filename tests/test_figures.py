@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scores import figures
 
 ROOT = Path(__file__).resolve().parent.parent
-STAMP = "contains training data, do not publish"
+STAMP = "from private data, do not publish"
 
 
 def slices(count: int, seed: int = 0) -> np.ndarray:
