@@ -313,6 +313,8 @@ def no_run_in(path: Path, seeds: list[Path]) -> str:
 
 # --- commands -----------------------------------------------------------------------------
 
+FEW = 100  # slices: with fewer, `score` says that its numbers are chance
+
 
 def write_slices(folder: Path, parts: Iterator[Tensor]):
     """Slices (n, 1, 256, 256), part by part -> 00000.png ..., and grid.png of the first 64."""
@@ -482,8 +484,10 @@ def score_command(arguments):
             "are they the same people? Then the judge and memorised shares are wrong"
         )
     scores = score_folders(real, fake, unseen, config)
-    messages.say("training slices: REAL_DIR; unseen, test people: --against")
     messages.say(generation_table(scores))
+    messages.say("training slices are those of REAL_DIR, unseen people those of --against")
+    if scores["n"] < FEW:
+        messages.say(f"only {scores['n']} slices of each kind: much of these scores is chance")
     if not unseen:
         messages.say("left out: trained judge, memorised share; they need --against")
     files.write_json(path, scores)

@@ -69,6 +69,7 @@ def who(names: list[str], config: Config) -> Reading | None:
     if any(known.keys) and not known.complete:
         known = Reading(names, "a known name", KNOWN_OR_WORD)
     if known.complete and not _recurs(known):
+        _check_one_each(names)
         # sub-01 and case_1 in small letters, numbers of archives in capitals
         known.keys = [k.lower() if k[0] in "sScCpP" else k.upper() for k in known.keys]
         return known
@@ -80,6 +81,18 @@ def who(names: list[str], config: Config) -> Reading | None:
         if not other.within(largest) or other.persons > DOUBTED * largest.persons:
             raise UserError(Exit.DATA, _choice(largest, other))
     return largest
+
+
+def _check_one_each(names: list[str]):
+    """Raise UserError (exit 3) if a path holds the known numbers of two persons."""
+    known = re.compile(KNOWN)
+    for name in names:
+        if len(found := {key.lower() for key in known.findall(name)}) > 1:
+            raise UserError(
+                Exit.DATA,
+                f"{printable(name)} names two persons, {' and '.join(sorted(found))}: correct "
+                "the name, or give --subject-pattern",
+            )
 
 
 def _checked(pattern: str) -> str:

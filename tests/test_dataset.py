@@ -689,6 +689,14 @@ def test_system_files_and_segmentations_are_skipped_and_counted(tmp_path):
     assert data.report["ignored"] == {"system files": 3, "segmentations": 5}
 
 
+def test_what_predict_writes_beside_its_slices_is_left_out(tmp_path):
+    tree = flat_tree(tmp_path / "data", people=3)
+    png(tree / "sub-00" / "grid.png", grey(0))
+    nifti(tree / "sub-00" / "volume.nii.gz", head())
+    data = opened(tmp_path)
+    assert len(data.images) == 9 and data.report["ignored"] == {"contact sheets": 2}
+
+
 def test_loops_of_symbolic_links_end(tmp_path):
     tree = flat_tree(tmp_path / "data", people=3)
     (tree / "sub-00" / "up").symlink_to(tree)

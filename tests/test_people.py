@@ -120,7 +120,15 @@ def test_readings_that_disagree_stop_the_run_and_each_names_its_pattern(tree):
     patterns = [part.partition("'")[0] for part in parts[1:]]
     readings = [people.who(names, Config(subject_pattern=pattern)) for pattern in patterns]
     assert [str(reading.persons) for reading in readings] == persons
-    assert all(f"{count} by" in str(problem.value) for count in persons)
+    assert all(f"{count} persons by" in str(problem.value) for count in persons)
+
+
+def test_a_path_that_names_two_persons_stops_the_run():
+    names = [f"sub-0{p}/anat/sub-0{p}_T1w.nii" for p in range(5)]
+    assert people.who(names, Config()).persons == 5
+    with pytest.raises(UserError, match="names two persons, sub-01 and sub-04") as problem:
+        people.who([*names, "sub-04/anat/sub-01_T1w.nii"], Config())
+    assert problem.value.code == Exit.DATA
 
 
 UNKNOWN = {

@@ -40,6 +40,7 @@ def test_two_folders_are_scored_beside_unseen_people(slices, fakes, tmp_path):
     for label in ("relative FD", "KID", "trained judge", "tissue areas", "memorised share"):
         assert label in done.stdout
     assert "96 slices of 24 subjects" in done.stdout and "left out" not in done.stdout
+    assert "only 16 slices of each kind" in done.stdout
     assert not done.stderr
 
 
@@ -65,6 +66,9 @@ def test_too_few_slices_are_an_error(slices, tmp_path):
     few = write(tmp_path / "few", torch.nn.functional.avg_pool2d(disks(4, 0), 4))
     done = score(tmp_path, slices / "keras_png_slices_train", few)
     assert done.returncode == 3 and "too few slices: 96 real, 4 generated" in done.stderr
+    wrong = score(tmp_path, slices / "keras_png_slices_train", tmp_path / "mistyped")
+    assert wrong.returncode == 3 and "mistyped is not a folder" in wrong.stderr
+    assert not wrong.stdout  # no other folder was read before
 
 
 def test_a_generator_of_real_people_scores_as_the_other_half(slices, tmp_path):

@@ -530,7 +530,8 @@ def test_unusable_data_are_exit_3_and_leave_no_run_folder(data, tmp_path):
     (tmp_path / "file.txt").write_text("not a slice")
     done = called("driver.py", "--data", data, cwd=tmp_path)
     assert done.returncode == 3 and done.stderr.count("\n") == 1, done.stderr
-    assert "accepted are folders" in done.stderr and not (tmp_path / "runs").exists()
+    assert data in done.stderr and not (tmp_path / "runs").exists()
+    assert ("accepted are folders" in done.stderr) == (data != "missing")
 
 
 def test_a_folder_of_something_else_is_exit_5(slices, tmp_path):
