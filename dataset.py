@@ -250,9 +250,10 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
     report |= {
         "subjects": {part: len(set(splits[part].subjects.tolist())) for part in PARTS},
         "slices": {part: len(splits[part]) for part in PARTS},
-        "names": {part: sorted(set(splits[part].subjects.tolist())) for part in PARTS},
         "fingerprint": fingerprint,
     }
+    if not report["split"].startswith("by slice"):
+        report["names"] = {p: sorted(set(splits[p].subjects.tolist())) for p in PARTS}
     if len(images) >= 64 and np.isnan(levels).all():
         report["notes"].append(
             "no slice levels: no two files are slices of one series, so --level cannot be used"
