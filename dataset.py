@@ -252,14 +252,15 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
         "slices": {part: len(splits[part]) for part in PARTS},
         "fingerprint": fingerprint,
     }
-    if not report["split"].startswith("by slice"):
+    by_slice = report["split"].startswith("by slice")
+    if not by_slice:
         report["names"] = {p: sorted(set(splits[p].subjects.tolist())) for p in PARTS}
     if len(images) >= 64 and np.isnan(levels).all():
         report["notes"].append(
             "no slice levels: no two files are slices of one series, so --level cannot be used"
         )
     stamps = [PRIVATE] if config.data else []
-    stamps += [SLICE_SPLIT] if report["split"].startswith("by slice") else []
+    stamps += [SLICE_SPLIT] if by_slice else []
     data = Data(
         **splits,
         images=images,

@@ -91,6 +91,7 @@ if __name__ == "__main__":  # a mistyped flag must not wait for the import of to
     ARGUMENTS = parse()
 
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -501,7 +502,7 @@ def check_apart(*folders: str | None):
     """
     places = [Path(folder).resolve() for folder in folders if folder]
     for place in places:
-        if not place.is_dir():
+        if not os.path.isdir(place):  # Path.is_dir raises below an unreadable folder
             raise UserError(Exit.DATA, f"{place} is not a folder")
     for one, other in itertools.permutations(places, 2):
         if one.is_relative_to(other):

@@ -8,7 +8,7 @@ stopped. The sharper decoder and the denoiser are in stages/. Also a script:
 """
 
 from config import TRAINED, Config, Exit, UserError
-from support.cli import Parser, add_options, config_from
+from support.cli import FIELDS, Parser, add_options, config_from, flag_of
 
 if __name__ == "__main__":  # a mistyped flag must not wait for the import of torch
     PARSER = Parser("Train one stage, or all of them. The same command again resumes.")
@@ -532,7 +532,7 @@ def run_stages(run: Run, names):
 def batch_of(config: Config, stage: str) -> tuple[str, int]:
     """The flag of a stage's batch size, and its value."""
     name = TRAINED[stage].batch_size
-    return "--" + name.replace("_", "-"), getattr(config, name)
+    return flag_of(FIELDS[name]), getattr(config, name)
 
 
 def check_shares(config: Config):

@@ -537,11 +537,11 @@ def seconds_of(run: predict.TrainedRun, *stages: str) -> float:
 
 def one_row(name: str, run: predict.TrainedRun, arguments):
     """Train, draw and score; add one line to the CSV for each way to draw."""
-    data, row = open_data(run.config), ROWS[name]
+    data, row, trained = open_data(run.config), ROWS[name], run.config.trained
     check_data(run, data)
     device.set_threads(run.config.threads)
     before = seconds_of(run, "vqvae", "decoder") if row.over_maps else 0.0
-    whole = 60 * (arguments.minutes or 0) or seconds_of(run, *run.config.trained)
+    whole = 60 * arguments.minutes if arguments.minutes else seconds_of(run, *trained)
     if whole <= before:
         raise UserError(Exit.USAGE, f"--minutes: RUN's VQ-VAE and decoder took {before:.0f} s")
     given = Given(run, data, whole - before, arguments.lr)
@@ -556,7 +556,7 @@ def one_row(name: str, run: predict.TrainedRun, arguments):
     for way, (networks, draw) in ways.items():
         if way in OURS:
             left_out = way.removeprefix("ours-no-")
-            seconds = seconds_of(run, *(s for s in run.config.trained if s != left_out))
+            seconds = seconds_of(run, *(s for s in trained if s != left_out))
         begun = time.monotonic()
         images = draw(levels)
         drawing = time.monotonic() - begun

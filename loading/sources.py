@@ -205,7 +205,7 @@ def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
             chosen, kind = matching, preferred
             break
     others = set(names) - set(chosen)
-    if contrasts := len(list(filter(_is_other_contrast, others))):
+    if contrasts := sum(map(_is_other_contrast, others)):
         ignored["other contrasts"] += contrasts
     if versions := len(others) - contrasts:
         ignored["other versions of the scans"] += versions
