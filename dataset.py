@@ -154,6 +154,8 @@ def _open_embedded(config: Config) -> Data:
     people = [(part, i) for part, count in enumerate(config.subjects) for i in range(count)]
     settings = [embedded.VERSION, config.split_seed, config.slices, list(config.subjects)]
     fingerprint = stable_hash("embedded", settings)
+    report = {"source": "embedded set (MNI152)", "root": ""}
+    say(f"data: {report['source']}")
 
     def make(person):
         return embedded.subject_slices(config.split_seed, *person, config.slices)
@@ -162,7 +164,7 @@ def _open_embedded(config: Config) -> Data:
         images, _ = cached(config, fingerprint, people, make, "making subjects")
     except ImportError as problem:
         raise UserError(Exit.DATA, f"no embedded set: {problem}; or give --data") from None
-    report = {"source": "embedded set (MNI152)", "root": "", "split": "by construction"}
+    report["split"] = "by construction"
     subjects = np.repeat([f"{PARTS[part]}-{i:04d}" for part, i in people], config.slices)
     parts = np.repeat([PARTS[part] for part, _ in people], config.slices)
     return _data(config, images, fingerprint, subjects, parts, subjects, report)
@@ -170,9 +172,12 @@ def _open_embedded(config: Config) -> Data:
 
 def _open_folder(config: Config) -> Data:
     items, report = find(Path(config.data), config)
+    say(f"data: {len(items):,} files in {report['root']}, {report['source']}")
+    _say_notes(report["notes"])  # who is a person: before minutes of decoding
     images, fingerprint, kept, counts = _decoded(config, items, report)
     report["split"], notes = assign_parts(kept, config)
     report["notes"] += notes
+    _say_notes(notes)
     _check_pixels(images)
     columns = [i.subject for i in kept], [i.part or "" for i in kept], [i.series for i in kept]
     rows = [np.repeat(column, counts) for column in columns]
@@ -209,7 +214,8 @@ def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlice
     levels = _levels(series) if subjects else np.full(len(images), np.nan)
     who = f" of {len(set(names.tolist())):,} subjects" if subjects else ""
     say(f"{printable(path)}: {len(images):,} slices{who}")
-    _say_notes(report)
+    _say_notes(report["notes"])
+    _say_left_out(report)
     return BrainSlices(images, np.arange(len(images)), names, levels)
 
 
@@ -256,9 +262,9 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
     if not by_slice:
         report["names"] = {p: sorted(set(splits[p].subjects.tolist())) for p in PARTS}
     if len(images) >= 64 and np.isnan(levels).all():
-        report["notes"].append(
-            "no slice levels: no two files are slices of one series, so --level cannot be used"
-        )
+        notes = ["no slice levels: no two files are slices of one series; do without --level"]
+        report["notes"] += notes
+        _say_notes(notes)
     stamps = [PRIVATE] if config.data else []
     stamps += [SLICE_SPLIT] if by_slice else []
     data = Data(
@@ -283,9 +289,8 @@ def _levels(series: np.ndarray) -> np.ndarray:
 
 
 def _describe(data: Data):
-    """Print a summary of the data report."""
+    """Print the splits and what was left out."""
     report = data.report
-    say(f"data: {report['source']}" + (f" in {report['root']}" if report["root"] else ""))
     parts = (
         f"{part} {report['slices'][part]:,} slices of {report['subjects'][part]:,} subjects"
         for part in PARTS
@@ -293,15 +298,18 @@ def _describe(data: Data):
     guessed = any(note.startswith("subjects guessed") for note in report["notes"])
     overlap = "no overlap, if subjects are guessed right" if guessed else "no overlap"
     say(f"  {', '.join(parts)}; split {report['split']}, {overlap}")
-    _say_notes(report)
+    _say_left_out(report)
     if data.stamp:
         say(f"  {data.stamp}")
 
 
-def _say_notes(report: dict):
-    """Print what else was found: notes, ignored and skipped files."""
-    for note in report["notes"]:
+def _say_notes(notes: list[str]):
+    for note in notes:
         say(f"  {note}")
+
+
+def _say_left_out(report: dict):
+    """Print which files are ignored or skipped."""
     if report["ignored"]:
         say("  ignored: " + ", ".join(f"{n:,} {kind}" for kind, n in report["ignored"].items()))
     for skipped in report["skipped"][:5]:

@@ -54,7 +54,7 @@ def main(arguments):
             distributed.first(lambda: publish(folder, rows, seeds, data, config))
         if not waiting:
             distributed.first(lambda: publish(folder, rows, seeds, data, config))
-        distributed.first(lambda: conclude(folder))
+        distributed.first(lambda: conclude(folder, config.preset))
 
 
 def draw_decoded(folder: Path, data: Data):
@@ -88,7 +88,7 @@ def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
             messages.warn(str(problem))
             return {"status": "diverged", "why": str(problem)}
         minutes = (time.monotonic() - start) / 60
-        messages.say(f"seed {seed}: {minutes:.1f} min, in {run.folder}")
+        messages.say(f"seed {seed}: {minutes:.1f} min since it was started, in {run.folder}")
     return row
 
 
@@ -118,7 +118,7 @@ def print_table(folder: Path, rows: dict[int, dict]):
         messages.say(f"seed {seed}: {row['status']} {shown}{mark}")
 
 
-def conclude(folder: Path):
+def conclude(folder: Path, preset: str):
     """Print where the results are. Raises UserError (exit 6) if every run failed."""
     best = files.read_json(folder / "results.json")["best"]
     if best is None:
@@ -126,6 +126,8 @@ def conclude(folder: Path):
     messages.say(f"report: {folder / 'report.html'} (figures: {folder / best / 'figures'})")
     command = shlex.join(["python", "predict.py", "generate", str(folder), "--n", "64"])
     messages.say(f"more samples: {command}")
+    if preset == "smoke":
+        messages.say("smoke shows that everything runs; it is too short to draw brains")
 
 
 if __name__ == "__main__":

@@ -453,6 +453,7 @@ def evaluate_and_save(run: TrainedRun, data: Data) -> dict:
 
     metrics.json is written last, since it marks the run as finished.
     """
+    messages.say(f"seed {run.seed}: computing scores; on two cores this takes minutes")
     result = evaluate(run, data)
     messages.say(table(result))
     with files.warning_only("drawing figures"):

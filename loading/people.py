@@ -14,7 +14,11 @@ from config import Config, Exit, UserError
 from loading.decoding import VOLUMES
 from support.messages import printable
 
-_IDS = r"OAS[12]_\d{4}|OAS[34]\d{4}|\d{3}_S_\d{4,5}|IXI\d{3}|TCGA-\w\w-\w{4}|sub-[a-z0-9]+"
+_COURSE = r"case_\d{3}(?=_(?:slice|week)_\d)"  # OASIS slices of the keras_slices sets
+_IDS = (
+    r"OAS[12]_\d{4}|OAS[34]\d{4}|\d{3}_S_\d{4,5}|IXI\d{3}|TCGA-\w\w-\w{4}|sub-[a-z0-9]+|"
+    + _COURSE
+)
 _WORDS = r"(?:subject|subj|sub|patient|participant|person|pat|pt|case)[-_ ]?\d+"
 KNOWN = rf"(?i)(?<![a-z0-9])(?:sub-)?({_IDS})"  # OASIS, ADNI, IXI, TCGA and BIDS
 KNOWN_OR_WORD = rf"(?i)(?<![a-z0-9])(?:sub-)?({_IDS}|{_WORDS})"

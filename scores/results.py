@@ -78,7 +78,7 @@ def write(folder: Path, rows: dict[int, dict], seeds: range | None = None):
     spread = {}
     for name in next(iter(done.values()), {"test": {}})["test"]:
         values = [r["test"][name] for r in done.values()]
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        sd = statistics.stdev(values) if len(values) > 1 else None
         spread[name] = {"mean": statistics.fmean(values), "sd": sd}
     files.write_json(
         folder / "results.json",

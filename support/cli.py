@@ -5,6 +5,8 @@ In: `Config`'s fields. Out: an argparse parser whose errors are one line (exit 2
 """
 
 import argparse
+import difflib
+import re
 import sys
 from dataclasses import fields, replace
 
@@ -29,7 +31,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action="version", version=VERSION)
 
     def error(self, message):
-        print(f"error: {message}; see --help", file=sys.stderr)
+        hint = "see --help"
+        if unknown := re.match(r"unrecognized arguments: --([\w-]+)", message):
+            name = unknown[1].replace("-", "_")
+            for near in difflib.get_close_matches(name, FIELDS, 1):
+                flag = f"--set {near}=VALUE" if near in BY_SET else flag_of(FIELDS[near])
+                hint = f"did you mean {flag}?"
+        print(f"error: {message}; {hint}", file=sys.stderr)
         raise SystemExit(int(Exit.USAGE))
 
 

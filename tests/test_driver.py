@@ -155,6 +155,11 @@ def test_results_are_strict_json_with_mean_and_sd(tmp_path):
     assert written["best"] == "seed-1" and written["finished"]
     assert written["test_mean_sd"]["ssim"]["mean"] == pytest.approx(0.85)
     assert written["test_mean_sd"]["ssim"]["sd"] == pytest.approx(0.05 * 2**0.5)
+    results.write(tmp_path, {0: done(3.0)})
+    assert (
+        json.loads((tmp_path / "results.json").read_text())["test_mean_sd"]["ssim"]["sd"]
+        is None
+    )
 
 
 def test_an_unfinished_seed_leaves_the_folder_unfinished(tmp_path):
@@ -165,7 +170,7 @@ def test_an_unfinished_seed_leaves_the_folder_unfinished(tmp_path):
 def test_if_every_run_failed_the_exit_is_6(tmp_path):
     results.write(tmp_path, {0: {"status": "diverged", "why": "loss"}})
     with pytest.raises(UserError) as problem:
-        driver.conclude(tmp_path)
+        driver.conclude(tmp_path, "quick")
     assert problem.value.code == Exit.DIVERGED
     assert results.row_of(tmp_path, 0, 8)["status"] == "diverged"  # and is not tried again
 

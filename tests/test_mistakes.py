@@ -11,7 +11,7 @@ import torch
 import predict
 from config import Config, Exit, UserError
 from loading import sources
-from support import device, endings, messages
+from support import cli, device, endings, messages
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,6 +47,23 @@ def test_a_wrong_run_folder_is_exit_4(folders, run, words):
         predict.load_run(run)
     assert problem.value.code == Exit.CHECKPOINT
     assert all(word in str(problem.value) for word in words), problem.value
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("--gan-kmg", "did you mean --gan-kimg?"),
+        ("--commitment", "did you mean --set commitment=VALUE?"),
+        ("--colour", "see --help"),
+    ],
+)
+def test_a_mistyped_flag_names_the_nearest(capsys, word, hint):
+    parser = cli.Parser("")
+    cli.add_options(parser)
+    with pytest.raises(SystemExit) as problem:
+        parser.parse_args([word, "3"])
+    assert problem.value.code == Exit.USAGE
+    assert capsys.readouterr().err == f"error: unrecognized arguments: {word} 3; {hint}\n"
 
 
 @pytest.mark.parametrize("name", ["data.zip", "OASIS.tar.gz"])

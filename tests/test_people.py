@@ -101,6 +101,13 @@ def test_who_is_a_person(tree):
     assert by_hand.within(reading) and reading.within(by_hand)
 
 
+@pytest.mark.parametrize("name", ["{}.nii.png", "{}.nii.gz"])
+def test_the_names_of_the_course_are_known_not_guessed(name):
+    assert people.who(course(name), Config()).pattern == people.KNOWN
+    other = grid("case_00{}/{}.png", range(32))
+    assert people.who(other, Config()).pattern != people.KNOWN
+
+
 ASKED = {  # names that allow two readings, and how many persons each has
     "a number and a number in brackets": (
         [f"Mild/{a} ({b}).jpg" for a in range(26, 33) for b in range(1, 60)], "7", "59"),
