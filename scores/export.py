@@ -105,9 +105,9 @@ The training data are derived from the ICBM 2009a nonlinear symmetric template (
 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
 University; free to use and distribute with this notice)."""
 PRIVATE_LICENCE = """\
-The networks were trained on a user's own scans. The agreement under which these may be used also
-covers these files. That of OASIS: publish no image, slice, table or trained network made from
-it, and cite Marcus et al. 2007 for OASIS-1, LaMontagne et al. 2019 for OASIS-3."""
+The networks were trained on a user's own scans. Their data-use agreement also covers these
+files. That of OASIS: publish no image, slice, table or trained network made from it, and cite
+Marcus et al. 2007 for OASIS-1, LaMontagne et al. 2019 for OASIS-3."""
 
 
 CARD = """\
