@@ -7,6 +7,7 @@ on these data would be wrong.
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -176,8 +177,7 @@ def _open_folder(config: Config) -> Data:
     _say_notes(report["notes"])  # who is a person: before minutes of decoding
     images, fingerprint, kept, counts = _decoded(config, items, report)
     report["split"], notes = assign_parts(kept, config)
-    report["notes"] += notes
-    _say_notes(notes)
+    _add_notes(report, *notes)
     _check_pixels(images)
     columns = [i.subject for i in kept], [i.part or "" for i in kept], [i.series for i in kept]
     rows = [np.repeat(column, counts) for column in columns]
@@ -262,9 +262,10 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
     if not by_slice:
         report["names"] = {p: sorted(set(splits[p].subjects.tolist())) for p in PARTS}
     if len(images) >= 64 and np.isnan(levels).all():
-        notes = ["no slice levels: no two files are slices of one series; do without --level"]
-        report["notes"] += notes
-        _say_notes(notes)
+        _add_notes(
+            report,
+            "no slice levels: no two files are slices of one series, so --level cannot be used",
+        )
     stamps = [PRIVATE] if config.data else []
     stamps += [SLICE_SPLIT] if by_slice else []
     data = Data(
@@ -303,7 +304,13 @@ def _describe(data: Data):
         say(f"  {data.stamp}")
 
 
-def _say_notes(notes: list[str]):
+def _add_notes(report: dict, *notes: str):
+    """Add notes to the report and print them."""
+    report["notes"] += notes
+    _say_notes(notes)
+
+
+def _say_notes(notes: Iterable[str]):
     for note in notes:
         say(f"  {note}")
 

@@ -88,7 +88,7 @@ def one_run(folder: Path, config: Config, seed: int, data: Data) -> dict:
             messages.warn(str(problem))
             return {"status": "diverged", "why": str(problem)}
         minutes = (time.monotonic() - start) / 60
-        messages.say(f"seed {seed}: {minutes:.1f} min since it was started, in {run.folder}")
+        messages.say(f"seed {seed}: {minutes:.1f} min since the last start, in {run.folder}")
     return row
 
 

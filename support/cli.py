@@ -28,20 +28,21 @@ class Parser(argparse.ArgumentParser):
             ),
             **keywords,
         )
+        self.fields = {}  # that can be set by this command line
         self.add_argument("--version", action="version", version=VERSION)
 
     def error(self, message):
         hint = "see --help"
         if unknown := re.match(r"unrecognized arguments: --([\w-]+)", message):
             name = unknown[1].replace("-", "_")
-            for near in difflib.get_close_matches(name, FIELDS, 1):
+            for near in difflib.get_close_matches(name, self.fields, 1):
                 flag = f"--set {near}=VALUE" if near in BY_SET else flag_of(FIELDS[near])
                 hint = f"did you mean {flag}?"
         print(f"error: {message}; {hint}", file=sys.stderr)
         raise SystemExit(int(Exit.USAGE))
 
 
-def add_options(parser: argparse.ArgumentParser, names=None, **shown):
+def add_options(parser: Parser, names=None, **shown):
     """Add the flags of `Config`'s fields, or of `names` only. Absent flags set no attribute.
 
     shown: text for a field's default in --help, if it is not the default itself.
@@ -53,6 +54,7 @@ def add_options(parser: argparse.ArgumentParser, names=None, **shown):
         if f.name not in BY_SET if names is None else f.name in names:
             _add_flag(group, f, shown.get(f.name, _show(f.default)))
     if names is None:
+        parser.fields = FIELDS
         rest = ", ".join(f"{name}={_show(f.default, ',')}" for name, f in BY_SET.items())
         parser.add_argument(
             "--set", action="append", default=[], type=_assignment, metavar="NAME=VALUE",

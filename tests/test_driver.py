@@ -156,10 +156,8 @@ def test_results_are_strict_json_with_mean_and_sd(tmp_path):
     assert written["test_mean_sd"]["ssim"]["mean"] == pytest.approx(0.85)
     assert written["test_mean_sd"]["ssim"]["sd"] == pytest.approx(0.05 * 2**0.5)
     results.write(tmp_path, {0: done(3.0)})
-    assert (
-        json.loads((tmp_path / "results.json").read_text())["test_mean_sd"]["ssim"]["sd"]
-        is None
-    )
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["test_mean_sd"]["ssim"]["sd"] is None
 
 
 def test_an_unfinished_seed_leaves_the_folder_unfinished(tmp_path):

@@ -66,6 +66,13 @@ def test_a_mistyped_flag_names_the_nearest(capsys, word, hint):
     assert capsys.readouterr().err == f"error: unrecognized arguments: {word} 3; {hint}\n"
 
 
+def test_predict_suggests_no_option_that_it_lacks(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["predict.py", "generate", "RUN", "--noise", "3"])
+    with pytest.raises(SystemExit):
+        predict.parse()  # --set noise_dim=3 is for training
+    assert "--noise 3; see --help" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["data.zip", "OASIS.tar.gz"])
 def test_an_archive_must_be_unpacked(tmp_path, name):
     (tmp_path / name).write_bytes(b"PK")
