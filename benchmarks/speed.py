@@ -70,7 +70,8 @@ LABELS = {  # of other sides, by the last part of their names
 }  # fmt: skip
 ABSENT = "not installed: `pip install -r benchmarks/requirements.txt`"
 TURNS = 3
-TURN_S = 0.5  # a turn repeats its work for about this long
+WARM_CALLS, WARM_S = 3, 5.0  # a warm-up: until the heap has its full size, or this long
+TURN_S = 2.0  # a turn repeats its work for about this long
 TAMED = ", tamed"  # ends the key of another side that is measured with this project's malloc
 PNGS, CASE = 9664, 16  # slices of the original's data set; slices per subject
 CPU_COUNT = os.cpu_count() or 1
@@ -389,11 +390,16 @@ def made(side: str):
 def turn(side: str) -> float:
     """Return seconds per item, after a warm-up that also tells how often to repeat."""
     work, items = made(side)
-    begin = time.perf_counter()
-    own = work()
-    if isinstance(own, float):
-        return own / items
-    calls = max(1, int(TURN_S / (time.perf_counter() - begin)))
+    start = time.perf_counter()
+    for _ in range(WARM_CALLS):
+        begin = time.perf_counter()
+        own = work()
+        if isinstance(own, float):
+            return own / items
+        end = time.perf_counter()
+        if end - start > WARM_S:
+            break
+    calls = max(1, int(TURN_S / (end - begin)))
     seconds = timeit.timeit(work, number=calls) / calls
     device.release_memory()  # the next side may need it
     return seconds / items

@@ -66,8 +66,6 @@ def architecture_rows(model: modules.VQVAE) -> list[tuple[str, ...]]:
             rows.append(("Max2D Pool", "-", "2", "-", "-", shape_of(x), shape_of(output)))
         elif isinstance(module, modules.Quantizer):
             z, indices = shape_of(output.embedding), shape_of(output.indices[:, None])
-            filters = str(inputs[1].out_channels)
-            rows.append(("Pre_VQ Conv2d", filters, "1", "1", "0", shape_of(x), z))
             rows.append(("Vector Quantized", *"----", z, indices))
         elif isinstance(module, nn.Conv2d):
             if isinstance(module, modules.UpsampleConv):
@@ -76,7 +74,8 @@ def architecture_rows(model: modules.VQVAE) -> list[tuple[str, ...]]:
                 x = up
             numbers = (module.out_channels, module.kernel_size[0], module.stride[0])
             numbers = map(str, (*numbers, module.padding[0]))
-            rows.append(("Conv2d", *numbers, shape_of(x), shape_of(output)))
+            name = "Pre_VQ Conv2d" if module is model.pre_vq else "Conv2d"
+            rows.append((name, *numbers, shape_of(x), shape_of(output)))
 
     hooks = [module.register_forward_hook(record) for module in model.modules()]
     with torch.no_grad():

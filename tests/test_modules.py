@@ -143,7 +143,8 @@ def test_the_search_agrees_with_cdist_on_more_vectors_than_one_part():
     q, projection, _ = quantizer()
     a = torch.randn(10_000, 4)
     a[::3] = 0.0
-    brute = torch.cdist(modules.project(a, projection), q.codebook).argmin(1)
+    z = F.linear(a, projection.weight.flatten(1), projection.bias)
+    brute = torch.cdist(z, q.codebook).argmin(1)
     assert (q.search(a, projection) == brute).float().mean() > 0.9999
 
 
@@ -197,7 +198,7 @@ def test_revival_sets_vector_sum_and_count_and_outlasts_the_next_update():
 
 @pytest.mark.parametrize("channels", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_folded_upsampling_is_upsampling_and_convolution(channels, dtype):
+def test_the_doubling_kernel_is_upsampling_and_convolution(channels, dtype):
     """To the rounding of each type; gradients are sums of more terms."""
     conv = UpsampleConv(8, channels, "nearest").to(dtype)
     x = torch.randn(2, 8, 7, 9).to(dtype).requires_grad_()
