@@ -398,16 +398,7 @@ class CodeMap(nn.Module):
         return code_map
 
     def encode(self, indices: Tensor) -> Tensor:
-        """Index maps (B, h, w) int64 -> (B, C, h, w) float32.
-
-        Raises ValueError for a code that the training split never used.
-        """
-        if (self.rank[indices] < 0).any():
-            raise ValueError("an index map holds a code that the training split never used")
-        return self.places(indices)
-
-    def places(self, indices: Tensor) -> Tensor:
-        """Like `encode` without the check, which would synchronise."""
+        """Index maps (B, h, w) int64 of used codes -> (B, C, h, w) float32."""
         ranks = self.rank[indices]                                        # (B, h, w)
         return F.embedding(ranks, self.points).permute(0, 3, 1, 2)        # (B, C, h, w)
 

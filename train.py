@@ -306,7 +306,6 @@ class Gan(RealMaps):
     """
 
     beta2 = 0.99
-    penalises = True
 
     def __init__(self, run: Run):
         super().__init__(run)
@@ -336,7 +335,7 @@ class Gan(RealMaps):
         run, n = self.run, stage.batch_size
         mine, chosen = distributed.share(n), batch_rows(stage)
         maps = self.code_map.crop.cut(self.real_maps(run.data.train.rows[chosen]))
-        u = self.code_map.places(maps)  # (B, C, h, w)
+        u = self.code_map.encode(maps)  # (B, C, h, w)
         if self.code_map.even:
             u = self.jitter(u.expand(-1, run.config.map_channels, -1, -1), stage, mine)
         draw = generator_of(run.seed, NOISE, stage.step)
@@ -379,7 +378,6 @@ class OriginalGan(Gan):
     """The original recipe: BCE, real and generated maps in separate batches (BatchNorm)."""
 
     beta2 = 0.999
-    penalises = False
 
     def jitter(self, u: Tensor, stage: Stage, mine: slice) -> Tensor:
         return u
@@ -405,7 +403,7 @@ def train_dcgan(run: Run):
         lr, d_lr = map(stage.lr, config.gan_lr)
         device.set_lr(lr, gan.G_optimizer)
         device.set_lr(d_lr, gan.D_optimizer)
-        penalise = gan.penalises and stage.step % config.penalty_every == 0
+        penalise = stage.step % config.penalty_every == 0
         values = step(*gan.batch(stage), penalise=penalise)
         half_life = min(config.ema_kimg * 1000, 0.05 * stage.nimg)
         update_average(gan.average, gan.G, half_life, config.gan_batch_size)

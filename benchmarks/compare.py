@@ -322,11 +322,11 @@ def map_diffusion(given: Given) -> Trained:
     """Diffusion over the coordinates of RUN's index maps; a cell becomes the nearest code."""
     code_map = given.run.code_map
     torch.manual_seed(given.run.seed)
-    scale = 1 / code_map.places(given.maps(0)[0]).std()
+    scale = 1 / code_map.encode(given.maps(0)[0]).std()
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         maps, level = given.maps(step)
-        return scale * code_map.places(maps), level
+        return scale * code_map.encode(maps), level
 
     channels = code_map.points.shape[1]
     network = train_diffusion(given, unet(channels), batch)

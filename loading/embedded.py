@@ -13,6 +13,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from loading.decoding import MIN_BRAIN, SIDE
 
@@ -58,7 +59,8 @@ class _Person:
         ]
         self.folds = _Field(random, 7, 1.5, components=2)
         self.bias = _Field(random, 70, 0.12)
-        self.linear = _rotation(random.normal(0, np.radians((2.5, 2, 2.5))))
+        angles_rad = random.normal(0, np.radians((2.5, 2, 2.5))) * (1, -1, 1)
+        self.linear = Rotation.from_euler("xyz", angles_rad).as_matrix()
         self.linear /= random.normal(0.975, 0.015) * random.normal((1.04, 1, 1), 0.02)
         self.shift_mm = random.normal(0, (1.5, 2, 2))
         self.ventricles = random.uniform(-0.3, 0.42)
@@ -175,14 +177,3 @@ def _sample(channel: np.ndarray, positions: np.ndarray, order: int = 1) -> np.nd
 
 def _column(vector) -> np.ndarray:
     return np.asarray(vector, np.float32)[:, None, None, None]
-
-
-def _rotation(angles_rad) -> np.ndarray:
-    """Return the rotation about x, then y, then z: (3,3)."""
-    turns = []
-    for axis, angle in enumerate(angles_rad):
-        turn, (i, j) = np.eye(3), [k for k in range(3) if k != axis]
-        turn[i, i] = turn[j, j] = np.cos(angle)
-        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
-        turns.append(turn)
-    return turns[2] @ turns[1] @ turns[0]

@@ -68,7 +68,12 @@ def who(names: list[str], config: Config) -> Reading | None:
     """
     if config.subject_pattern:
         found = Reading(names, "--subject-pattern", _checked(config.subject_pattern))
-        return found if found.complete else None
+        if not found.complete:
+            without = next(n for n, key in zip(names, found.keys, strict=True) if not key)
+            raise UserError(
+                Exit.DATA, f"--subject-pattern finds no subject in {printable(without)}"
+            )
+        return found
     known = Reading(names, "a known name", KNOWN)
     if any(known.keys) and not known.complete:
         known = Reading(names, "a known name", KNOWN_OR_WORD)

@@ -7,6 +7,7 @@ pixel (a cell of a map is 4x4), so nothing is resampled. A `stamp`, such as "con
 data, do not publish", is printed small below the figure.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ import cv2
 import numpy as np
 import torch
 
-os.environ["MPLBACKEND"] = "agg"  # a notebook's commands inherit a backend that may be missing
+# A notebook's commands inherit its backend, which another environment may lack.
+backend = os.environ.get("MPLBACKEND", "")
+if backend.startswith("module://") and not importlib.util.find_spec(backend[9:].split(".")[0]):
+    del os.environ["MPLBACKEND"]
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -221,7 +225,8 @@ def _stacks(
     step = CELL_PX + GAP_PX
     band = top + len(layers) * step + GAP_PX
     width = left + columns * step - GAP_PX + right
-    fig = _sheet(width, math.ceil(count / columns) * band, stamp)
+    height = math.ceil(count / columns) * band + (STAMP_PX if stamp else 0)
+    fig = _figure(width / DPI, height / DPI, stamp)
     for i in range(count):
         row, column = divmod(i, columns)
         x, y = left + column * step, row * band + top
@@ -254,11 +259,6 @@ def _figure(width_in: float, height_in: float, stamp: str, layout: str | None = 
     if stamp:
         fig.supxlabel(stamp, fontsize=11, color="0.4")
     return fig
-
-
-def _sheet(width_px: float, height_px: float, stamp: str) -> Figure:
-    height_px += STAMP_PX if stamp else 0
-    return _figure(width_px / DPI, height_px / DPI, stamp)
 
 
 def _axes(fig: Figure, x: float, y: float, width: float, height: float) -> Axes:

@@ -7,7 +7,7 @@ import math
 import statistics
 from pathlib import Path
 
-from support import checkpoints, files
+from support import checkpoints, files, runs
 
 # Chooses the best run: relative FD to validation slices, lower is better (docs/quality.md).
 SCORE = "fd_validation"
@@ -21,7 +21,7 @@ def row_of(folder: Path, seed: int, n: int) -> dict:
     """
     path = folder / f"seed-{seed}" / "metrics.json"
     if not path.exists():
-        return diverged(folder, seed) or {"status": "unfinished"}
+        return runs.diverged(folder).get(seed, {"status": "unfinished"})
     metrics = files.read_json(path)
     with checkpoints.reading(path):
         scored = metrics["generation"]["n"]
@@ -40,14 +40,6 @@ def scored_row(metrics: dict) -> dict:
     if not all(map(math.isfinite, [*test.values(), *validation.values()])):
         return {"status": "diverged", "why": "a score is not finite"}
     return {"status": "done", "validation": validation, "test": test}
-
-
-def diverged(folder: Path, seed: int) -> dict | None:
-    """The row of a seed that diverged before, and would diverge again; else None."""
-    if not (folder / "results.json").exists():
-        return None
-    row = rows_in(folder).get(seed, {})
-    return row if row.get("status") == "diverged" else None
 
 
 def rows_in(folder: Path) -> dict[int, dict]:

@@ -9,6 +9,7 @@ stage.
 
 import copy
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,10 @@ from stages.stage import (
     Stage,
     batch_rows,
     likeness,
-    require,
     seeded,
     update_average,
 )
-from support import checkpoints, device, distributed
+from support import device, distributed
 from support.device import window_at
 from support.muon import make_optimizer
 
@@ -82,16 +82,9 @@ def make_sharper_vqvae(config: Config) -> VQVAE:
 
 def last_vqvae(real: RealMaps) -> VQVAE:
     """The trained VQ-VAE that decodes samples. Raises UserError (exit 4) if unusable."""
-    run = real.run
-    if not run.config.decoder_kimg:
-        return trained_vqvae(run)
-    require(run, "decoder")
-    path = run.path("decoder_best.pt")
-    values = checkpoints.load_checkpoint(
-        path, stage="decoder", **run.fingerprint(), **real.link
-    )
-    model = make_sharper_vqvae(run.config)
-    return checkpoints.load_weights(model, values.get("model"), path).to(run.device).eval()
+    if not real.run.config.decoder_kimg:
+        return trained_vqvae(real.run)
+    return trained_vqvae(real.run, "decoder", make_sharper_vqvae, **real.link)
 
 
 class PatchDiscriminator(nn.Module):
@@ -180,7 +173,7 @@ def decoder_batch(real: RealMaps, slices: Feed, stage: Stage) -> tuple[Tensor, .
     run, n, S = stage.run, stage.batch_size, stage.run.config.window_px
     draw = generator_of(run.seed, SHARPEN, stage.step)
     mine, rows = distributed.share(n), run.data.train.rows[batch_rows(stage)]
-    crop, side = real.code_map.crop, S // PIXELS
+    crop, side = real.code_map.crop, math.ceil(S / PIXELS)
     corner = random_corner(*crop.size, side, draw) + torch.tensor(crop[:2])
     corner = device.sent(PIXELS * corner, run.device)
     noise = run.config.patch_noise * torch.randn((2, n, 1, S, S), generator=draw)[:, mine]

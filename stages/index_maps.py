@@ -16,12 +16,16 @@ from stages.stage import Feed, Run, require, require_file
 from support import checkpoints, files
 
 
-def trained_vqvae(run: Run) -> VQVAE:
-    """The best weights of stage 1. Raises UserError (exit 4) if they are unusable."""
-    require(run, "vqvae")
-    path = run.path("vqvae_best.pt")
-    values = checkpoints.load_checkpoint(path, stage="vqvae", **run.fingerprint())
-    model = modules.make_vqvae(run.config)
+def trained_vqvae(run: Run, stage: str = "vqvae", make=modules.make_vqvae, **link) -> VQVAE:
+    """The best weights of a stage, in the network that `make` returns for a configuration.
+
+    link: further values that the checkpoint must hold. Raises UserError (exit 4) if it is
+    unusable.
+    """
+    require(run, stage)
+    path = run.path(f"{stage}_best.pt")
+    values = checkpoints.load_checkpoint(path, stage=stage, **run.fingerprint(), **link)
+    model = make(run.config)
     return checkpoints.load_weights(model, values.get("model"), path).to(run.device).eval()
 
 

@@ -82,7 +82,10 @@ def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
 def _threads_of(run: Run) -> int:
     """The number of threads that a seed was begun with; 0 for a new one."""
     path = run.path("config.json")
-    return files.read_json(path)["config"].get("threads", 0) if path.exists() else 0
+    if not path.exists():
+        return 0
+    with checkpoints.reading(path):
+        return files.read_json(path)["config"]["threads"]
 
 
 # --- a stage ------------------------------------------------------------------------------

@@ -137,6 +137,8 @@ def flags(config: Config) -> list[str]:
             continue
         if f.name in BY_SET:
             words += ["--set", f"{f.name}={','.join(_words(value))}"]
+        elif isinstance(value, str) and value.startswith("-"):
+            words.append(f"{flag_of(f)}={value}")  # alone, argparse would take it for a flag
         else:
             words += [flag_of(f)] if value is True else [flag_of(f), *_words(value)]
     return words

@@ -1,6 +1,7 @@
 """Everything that depends on the device: its choice, precision, CUDA graphs, memory."""
 
 import collections
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -72,18 +74,29 @@ def set_threads(count: int) -> int:
     With a thread more than idle cores all threads wait for the slowest at every operation: one
     other busy process on two cores made training 3 to 8 times slower.
     """
-    count = count or (torch.get_num_threads() if distributed.count() > 1 else idle_threads())
+    most = all_threads()
+    count = count or (most if distributed.count() > 1 else idle_threads(most))
     torch.set_num_threads(count)
     return count
 
 
-def idle_threads(seconds: float = 0.4) -> int:
-    """Measure how many threads can run undisturbed, at most torch's present number.
+@functools.cache  # before `set_threads` changes torch's number
+def all_threads(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Return torch's own number of threads, or a container's limit of cores if it is lower."""
+    n = torch.get_num_threads()
+    with contextlib.suppress(OSError, ValueError):  # not in a container; "max": no limit
+        quota, period = Path(limit).read_text().split()
+        n = max(1, min(n, int(quota) // int(period)))
+    return n
+
+
+def idle_threads(n: int, seconds: float = 0.4) -> int:
+    """Measure how many of n threads can run undisturbed.
 
     n threads compute for a moment. If b others compete for n cores, they get n / (n + b) of
     the time.
     """
-    n, block = torch.get_num_threads(), bytes(1 << 20)
+    block = bytes(1 << 20)
     if n == 1:
         return 1
 

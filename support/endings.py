@@ -1,6 +1,5 @@
 """How a script ends: signals, exit codes, and one line on stderr that says what to do."""
 
-import contextlib
 import errno
 import gc
 import os
@@ -77,9 +76,6 @@ def run_script(main: Callable[[], None]):
     gc.freeze()  # later collections skip all imported objects
     for signum in TERMINATING:
         signal.signal(signum, _terminated)
-    with contextlib.suppress(AttributeError):  # an ASCII terminal prints '?', not a traceback
-        sys.stdout.reconfigure(errors="replace")
-        sys.stderr.reconfigure(errors="replace")
     code = int(_ending(main))
     for stream in (sys.stdout, sys.stderr):
         try:

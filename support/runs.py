@@ -128,9 +128,9 @@ def _default_folder(config: Config, mine: dict) -> Path:
 
 def _next_seed(folder: Path, first: int) -> int:
     """Return the lowest unfinished seed in the folder, else the seed after the highest one."""
-    seeds, diverged = seeds_in(folder), _diverged_seeds(folder)
+    seeds, failed = seeds_in(folder), diverged(folder)
     for seed in seeds:
-        if seed not in diverged and not (folder / f"seed-{seed}" / "metrics.json").exists():
+        if seed not in failed and not (folder / f"seed-{seed}" / "metrics.json").exists():
             say(f"continuing seed {seed} in {folder}")
             return seed
     if not seeds:
@@ -145,13 +145,13 @@ def seeds_in(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _diverged_seeds(folder: Path) -> set[int]:
-    """Return the seeds that results.json calls diverged; they would diverge again."""
+def diverged(folder: Path) -> dict[int, dict]:
+    """Return the rows of the seeds that diverged before; they would diverge again."""
     path = folder / "results.json"
     with contextlib.suppress(UserError), reading(path):
-        rows = read_json(path)["runs"]
-        return {row["seed"] for row in rows if row["status"] == "diverged"}
-    return set()
+        rows = [row for row in read_json(path)["runs"] if row["status"] == "diverged"]
+        return {row["seed"]: {"status": "diverged", "why": row["why"]} for row in rows}
+    return {}
 
 
 def check_out(config: Config):

@@ -764,6 +764,9 @@ def test_subject_pattern(tmp_path):
     for pattern, code in (("img_[", Exit.USAGE), ("img_", Exit.USAGE), ("q(.)", Exit.DATA)):
         bad = config(tmp_path / "data", tmp_path, subject_pattern=pattern)
         assert "--subject-pattern" in failure(open_data, bad, code=code)
+    png(tmp_path / "data" / "logo.png", grey(0, (40, 40)))
+    options = {"subject_pattern": r"img_(\d+)x", "allow_slice_split": True}
+    assert "logo.png" in failure(open_data, config(tmp_path / "data", tmp_path, **options))
 
 
 def test_fewer_than_three_subjects_are_refused(tmp_path):

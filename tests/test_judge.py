@@ -115,11 +115,26 @@ def test_threads_are_as_many_as_are_idle(monkeypatch, others, wanted):
             clock["wall"] += 0.4
             return []
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(device, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(time, "monotonic", lambda: clock["wall"])
     monkeypatch.setattr(time, "process_time", lambda: clock["wall"] * 16 / (4 + others))
-    assert device.idle_threads() == wanted
+    assert device.idle_threads(4) == wanted
+
+
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [("800000 100000", 8), ("max 100000", 16), ("50000 100000", 1), ("", 16)],
+)
+def test_a_container_uses_no_more_threads_than_it_has_cores(
+    limit, wanted, monkeypatch, tmp_path
+):
+    (tmp_path / "cpu.max").write_text(limit)
+    threads = [16]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    assert device.all_threads(tmp_path / "cpu.max") == wanted
+    threads[0] = 1  # a seed was begun on a busy machine; the next one starts from all again
+    assert device.all_threads(tmp_path / "cpu.max") == wanted
+    assert device.all_threads(tmp_path / "absent") == 1
 
 
 def test_a_slow_machine_is_noticed_once(monkeypatch, capsys):

@@ -407,8 +407,6 @@ def test_a_single_used_code_and_a_nan():
         assert (code_map.decode(torch.rand(1, 1, 4, 4)) == 7).all()
     with pytest.raises(FloatingPointError):
         code_map.decode(torch.full((1, 1, 4, 4), math.nan))
-    with pytest.raises(ValueError, match="never used"):
-        code_map.encode(torch.zeros(1, 4, 4, dtype=torch.long))
 
 
 def test_principal_coordinates_against_weighted_covariance():

@@ -63,7 +63,7 @@ def other_value(f):
         if choices := f.metadata["choices"]:
             return next(choice for choice in choices if choice != value)
         if isinstance(value, str):
-            return "a b,c=ä"
+            return "-a b,c=ä"
         number = value + (1 if isinstance(value, int) else 0.125)
         return number if number <= f.metadata["high"] else f.metadata["low"]
 

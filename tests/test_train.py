@@ -89,12 +89,15 @@ def a_run(folder, data, stop=math.inf, config=TINY, seed=0) -> Run:
 def test_a_seed_keeps_its_number_of_threads_unless_told(tmp_path, data, monkeypatch):
     used, idle = [], iter((3, 1))
     monkeypatch.setattr(torch, "set_num_threads", used.append)
-    monkeypatch.setattr(device, "idle_threads", lambda: next(idle))
+    monkeypatch.setattr(device, "idle_threads", lambda most: next(idle))
     free = replace(TINY, threads=0)
     for config in (free, free, replace(TINY, threads=2), free):
         open_seed(tmp_path, config, 0, data)
     open_seed(tmp_path, free, 1, data)  # another seed looks again
     assert used == [3, 3, 2, 2, 1]
+    (tmp_path / "seed-1/config.json").write_text("{}")
+    with pytest.raises(UserError, match="its contents do not fit"):
+        open_seed(tmp_path, free, 1, data)
 
 
 def train_all(run):
@@ -578,14 +581,14 @@ def test_the_classic_preset_trains_the_original_gan(preset, chosen, monkeypatch)
 def test_the_original_gan_has_batch_norm_and_bce_and_nothing_else():
     gan = steps.original_gan()
     gan.make_networks()
-    assert not gan.penalises and gan.G_optimizer.defaults["betas"] == (0.5, 0.999)
+    assert gan.G_optimizer.defaults["betas"] == (0.5, 0.999)
     assert [type(m) for m in gan.D.modules()].count(torch.nn.BatchNorm2d) == 3
     stage = SimpleNamespace(run=gan.run, batch_size=8, nimg=0, step=0)
     real, level, noise = gan.batch(stage)
     assert real.shape == (8, 3, 64, 64) and torch.equal(real[:, 0], real[:, 2])
     assert len(real.unique()) <= 64  # bin middles, without jitter
     fake = gan.G(noise, level)
-    loss, score, penalties = gan.discriminator_loss(real, fake, level, penalise=False)
+    loss, score, penalties = gan.discriminator_loss(real, fake, level, penalise=True)
     other = torch.rand_like(level)  # the level plays no part
     p, q = (torch.sigmoid(gan.D(u, other)) for u in (real, fake))
     torch.testing.assert_close(loss, -(p.log().mean() + (1 - q).log().mean()))
@@ -651,6 +654,11 @@ def test_windows_of_the_decoder_lie_on_cells_everywhere_in_the_crop(whole):
     assert {top for top, _ in starts} == set(range(16, 16 + 161, 4))
     assert {left for _, left in starts} == set(range(40, 40 + 97, 4))
     assert maps.shape == (4, 64, 64)
+    odd, edge = replace(whole.config, window_px=61), Crop(24, 24, 40, 40)  # ends at the frame
+    stage.run = SimpleNamespace(config=odd, seed=0, data=whole.data, device=whole.device)
+    for stage.step in range(100):
+        batch = decoder_batch(real_of_places(edge), slices, stage)
+        assert batch[0].shape == (4, 1, 61, 61)
 
 
 def test_the_denoiser_learns_from_the_crop_of_real_maps(whole):
