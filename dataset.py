@@ -116,7 +116,7 @@ class Crop(NamedTuple):
         """The crop around all heads, from `BrainSlices.brightest`.
 
         A cell counts if its code depends on a pixel that is not black: its own 4x4 pixels, and
-        3 more on each side (`modules.blank_margins`).
+        3 more on each side: 1 for the first convolution, 2 for the second, at half the size.
         """
         seen = torch.from_numpy(brightest)[None].float()
         lit = torch.nn.functional.max_pool2d(seen, PIXELS + 6, PIXELS, padding=3)[0] > 0

@@ -215,25 +215,12 @@ class VQVAE(nn.Module):
 
         quantize False: a plain autoencoder, whose decoder reads z.
         """
-        a = self.encoded(x)                                               # (B, A, h, w)
+        a = self.encoder(x)                                               # (B, A, h, w)
         if not quantize:
             return self.decoder(self.pre_vq(a)), None                     # (B, 1, H, W)
         with torch.autocast(x.device.type, enabled=False):  # codes lie close: float32
             quantized = self.quantizer(a.float(), self.pre_vq, a.dtype)
         return self.decoder(quantized.embedding), quantized               # (B, 1, H, W)
-
-    def encoded(self, x: Tensor) -> Tensor:
-        """Images (B, 1, H, W) -> the encoder's output (B, A, H/4, W/4).
-
-        On a CPU the encoder skips the margins in which all images are black: black gives zero.
-        On a GPU, finding these margins would synchronise.
-        """
-        if x.device.type != "cpu" or len(x) == 0:
-            return self.encoder(x.contiguous(memory_format=torch.channels_last))
-        margins = blank_margins(x)
-        inside = F.pad(x, [-4 * margin for margin in margins])
-        a = self.encoder(inside.contiguous(memory_format=torch.channels_last))
-        return F.pad(a, margins)
 
     def encode(self, x: Tensor) -> Tensor:
         """Images (B, 1, H, W) -> index maps (B, h, w) int64.
@@ -242,7 +229,7 @@ class VQVAE(nn.Module):
         """
 
         def some(x: Tensor) -> Tensor:
-            a = self.encoded(x)                                           # (B, A, h, w)
+            a = self.encoder(x)                                           # (B, A, h, w)
             rows = cells(a.float())                                       # (N, A)
             if not torch.isfinite(rows).all():  # argmin of NaN would be code 0, a valid picture
                 raise FloatingPointError("the encoder's output is not finite")
@@ -274,23 +261,6 @@ class VQVAE(nn.Module):
         device = self.quantizer.codebook.device
         few = 16 if device.type == "cpu" else 128  # what fits into a CPU's cache
         return torch.cat([function(part.to(device)).to(x.device) for part in x.split(few)])
-
-
-@torch.no_grad()
-def blank_margins(x: Tensor) -> list[int]:
-    """Cells on the left, right, top and bottom that are 0 in the encoder's output.
-
-    x (B, 1, H, W), H and W multiples of 4. A cell covers 4x4 pixels and depends on 3 pixels
-    more on each side: 1 by the first convolution, 2 by the second, at half the size. If all
-    images are black, all margins are 0.
-    """
-    seen = (x.amax((0, 1)) != 0) | (x.amin((0, 1)) != 0)                  # (H, W)
-    margins = []
-    for line in (seen.any(0), seen.any(1)):
-        where = line.nonzero().flatten().tolist() or [0, len(line) - 1]
-        blank = where[0], len(line) - 1 - where[-1]  # pixels before and after
-        margins += [max(0, pixels - 3) // 4 for pixels in blank]
-    return margins
 
 
 def make_vqvae(config: Config) -> VQVAE:

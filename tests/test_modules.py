@@ -25,7 +25,6 @@ from modules import (
     Quantizer,
     UpsampleConv,
     UpTo,
-    blank_margins,
     draw_maps,
     generator_of,
     gradient_penalty,
@@ -225,36 +224,6 @@ def test_images_and_maps_are_processed_in_parts_without_loss():
     assert (found == one_by_one).float().mean() > 0.999 and len(found.unique()) > 1
     torch.testing.assert_close(images, model.decode_raw(maps).clamp(0, 1))
     assert model.decode(maps[:0]).shape == (0, 1, 64, 64)
-
-
-@pytest.mark.parametrize("rows", [(0, 64), (22, 41), (23, 42), (24, 43), (25, 44), (0, 1)])
-@pytest.mark.parametrize("columns", [(0, 64), (30, 31), (63, 64)])
-def test_skipping_blank_margins_does_not_change_the_encoder(rows, columns):
-    """Outputs to 1e-5, gradients to 1e-4. And no margin could be larger."""
-    torch.manual_seed(0)
-    model, x = VQVAE(), torch.zeros(3, 1, 64, 64)
-    x[2, :, slice(*rows), slice(*columns)] = 1
-    x[1] = -x[2]
-    x[1, :, : rows[0] + 1] = 0  # larger margins than x[2]
-    x *= 0.1 + torch.rand(x.shape)
-    weights = list(model.encoder.parameters())
-    for sign in (1, -1):
-        whole, part = model.encoder(sign * x), model.encoded(sign * x)
-        torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
-        of_whole = torch.autograd.grad(whole.square().sum(), weights)
-        of_part = torch.autograd.grad(part.square().sum(), weights)
-        torch.testing.assert_close(of_part, of_whole, atol=1e-4, rtol=1e-4)
-
-    for weight in weights:
-        weight.data.abs_()  # an output that depends on a pixel is then not 0
-    seen = model.encoder(x.abs()).amax((0, 1)) > 0
-    across, down = (seen.any(d).nonzero().flatten() for d in (0, 1))
-    margins = [across[0], 15 - across[-1], down[0], 15 - down[-1]]
-    assert blank_margins(x) == blank_margins(-x) == margins
-
-
-def test_black_slices_have_no_margins():
-    assert blank_margins(torch.zeros(2, 1, 64, 64)) == [0, 0, 0, 0]
 
 
 def test_an_empty_batch_gives_empty_maps_and_images():
