@@ -480,7 +480,9 @@ class Monitor:
         values = {"diversity": diversity}
         if full:
             features = distributed.in_shares(self.features_of, maps)
-            score = metrics.frechet_distance(features, self.real) / self.floor
+            score = distributed.first(
+                lambda: metrics.frechet_distance(features, self.real) / self.floor
+            )
             values["fd_validation"] = score
             stage.offer(score, gan.run.config.gan_tolerance, generator=gan.average)
             if stage.done and diversity < 0.1:

@@ -9,7 +9,7 @@ RUN is the folder of a finished seed. Its data and crop are used and, by rows ov
 its VQ-VAE. Each row is a process of its own that trains for as long as RUN, or for --minutes.
 A row over index maps trains for that time, minus the time of RUN's VQ-VAE and decoder. Some
 rows draw in several ways from one training. A row that is named alone always runs; of several,
-rows in the CSV are skipped, whatever their --minutes. Each way draws as many slices as the
+rows in the CSV are skipped. Each way draws as many slices as the
 scores compare. Scores are those of `predict.py evaluate`, with test people as unseen people.
 Results are added to comparison.csv beside this file, samples to --out. Rivals come from MONAI
 (`pip install -r benchmarks/requirements.txt`). Their optimizer is Adam;
@@ -82,7 +82,7 @@ EFFORT = {
     "minutes": "minutes", "seconds_per_1000": "s per 1,000 slices",
     "parameters_m": "parameters, M", "memory_mb": "peak memory of training, MB",
 }  # fmt: skip
-COLUMNS = ("row", "source", "seed", "lr", *EFFORT, *SCORES)
+COLUMNS = ("row", "source", "length", "seed", "lr", *EFFORT, *SCORES)
 BATCH = 16
 LEVEL_BINS = 32  # classes of the slice level, for networks that take a class
 
@@ -565,24 +565,33 @@ def one_row(name: str, run: predict.TrainedRun, arguments):
             "parameters_m": sum(p.numel() for k in networks for p in k.parameters()) / 1e6,
             "memory_mb": "" if row.over_maps else memory,  # RUN was trained before
         }  # fmt: skip
-        predict.write_slices(folder_of(run, way, arguments.out), iter([images]))
+        predict.write_slices(folder_of(run, way, arguments), iter([images]))
         scorer.add("generated", images, told.numpy())
         lines.append((way, scorer.all(), effort))
     for line in lines:
-        add(run, arguments.lr, *line)
+        add(run, arguments, *line)
 
 
-def folder_of(run: predict.TrainedRun, way: str, out: str) -> Path:
-    return Path(out) / f"{source_of(run.config)}-{way}-seed-{run.seed}"
+def folder_of(run: predict.TrainedRun, way: str, arguments) -> Path:
+    lr = "" if arguments.lr == 1 else f"-lr-{arguments.lr:g}"
+    length = length_of(run, way, arguments).replace(" ", "-")
+    name = f"{source_of(run.config)}-{way}-{length}{lr}-seed-{run.seed}"
+    return Path(arguments.out) / name
+
+
+def length_of(run: predict.TrainedRun, way: str, arguments) -> str:
+    """How long a way is trained: RUN's preset, or --minutes."""
+    own = way in OURS or not arguments.minutes
+    return run.config.preset if own else f"{arguments.minutes:g} min"
 
 
 def source_of(config: Config) -> str:
     return Path(config.data).resolve().name if config.data else "embedded"
 
 
-def add(run, lr: float, name: str, scores: dict, effort: dict):
+def add(run, arguments, name: str, scores: dict, effort: dict):
     """Append a row to the CSV, and the references if this source has none."""
-    source = source_of(run.config)
+    source, length = source_of(run.config), length_of(run, name, arguments)
     known = {(line["row"], line["source"]) for line in read_rows()}
     new = not CSV.exists()
     with open(CSV, "a", newline="", encoding="utf-8") as file:
@@ -596,7 +605,8 @@ def add(run, lr: float, name: str, scores: dict, effort: dict):
             values = {key: scores[key].get(kind, "") for key in SCORES}
             values |= effort if kind == "generated" else {}
             shown = {k: f"{v:.4g}" if v != "" else "" for k, v in values.items()}
-            writer.writerow({"row": row, "source": source, "seed": run.seed, "lr": lr} | shown)
+            which = (row, source, length, run.seed, arguments.lr)
+            writer.writerow(dict(zip(COLUMNS, which, strict=False)) | shown)
 
 
 def read_rows() -> list[dict]:
@@ -607,17 +617,24 @@ def read_rows() -> list[dict]:
 
 
 def table() -> str:
-    """The CSV as a Markdown table, in the order of ROWS: of several seeds, mean (sd)."""
+    """The CSV as a Markdown table, in the order of ROWS: of several seeds, mean (sd).
+
+    Of several lines for one seed the last one counts.
+    """
     columns, ways = EFFORT | SCORES, {}
     order = [*LABELS, *(f"({kind})" for kind in KINDS)]
     for row in sorted(read_rows(), key=lambda row: order.index(row["row"])):
-        ways.setdefault((row["row"], row["source"]), []).append(row)
-    lines = ["| way | data | seeds | " + " | ".join(columns.values()) + " |"]
-    lines.append("| --- " * (3 + len(columns)) + "|")
-    for (way, source), rows in ways.items():
+        key = row["row"], row["source"], row["length"], float(row["lr"])
+        ways.setdefault(key, {})[row["seed"]] = row
+    lines = ["| way | data | length | seeds | " + " | ".join(columns.values()) + " |"]
+    lines.append("| --- " * (4 + len(columns)) + "|")
+    for (way, source, length, lr), seeds in ways.items():
+        rows = seeds.values()
         cells = [mean_sd([float(row[name]) for row in rows if row[name]]) for name in columns]
-        label, seeds = LABELS.get(way, way), ", ".join(row["seed"] for row in rows)
-        lines.append("| " + " | ".join([label, source, seeds, *cells]) + " |")
+        label = LABELS.get(way, way) + (f", learning rates x {lr:g}" if lr != 1 else "")
+        lines.append(
+            "| " + " | ".join([label, source, length, ", ".join(seeds), *cells]) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -628,15 +645,17 @@ def mean_sd(values: list[float]) -> str:
     return (f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}") + (f" ({sd:.2g})" if sd else "")
 
 
-def figure(run: predict.TrainedRun, out: str) -> Figure:
+def figure(run: predict.TrainedRun, arguments) -> Figure:
     """Samples 0 to 7 of every way that was drawn for RUN's data and seed, at half size."""
     found = {
         label: folder
         for way, label in LABELS.items()
-        if (folder := folder_of(run, way, out)).exists()
+        if (folder := folder_of(run, way, arguments)).exists()
     }
     if not found:
-        raise UserError(Exit.USAGE, f"--figure: {out} holds no samples for RUN; compare first")
+        raise UserError(
+            Exit.USAGE, f"--figure: {arguments.out} holds no samples for RUN; compare first"
+        )
     fig = Figure((8 * 1.28, len(found) * 1.48), dpi=100, facecolor="white")
     FigureCanvasAgg(fig)
     axes = fig.subplots(len(found), 1, squeeze=False)[:, 0]
@@ -661,13 +680,17 @@ def main(arguments):
         raise UserError(Exit.USAGE, "give RUN, the folder of a finished seed, or --table")
     run = predict.load_run(arguments.run, "cpu")
     if arguments.figure:
-        return figure(run, arguments.out).savefig(arguments.figure)
+        return figure(run, arguments).savefig(arguments.figure)
     if arguments.rows and len(arguments.rows) == 1:
         return one_row(arguments.rows[0], run, arguments)
     source = source_of(run.config)
-    known = {(r["row"], r["source"], r["seed"], float(r["lr"])) for r in read_rows()}
+    lines = read_rows()
+    known = {(r["row"], r["source"], r["length"], r["seed"], float(r["lr"])) for r in lines}
     for name in arguments.rows or ROWS:
-        wanted = {(way, source, str(run.seed), arguments.lr) for way in ROWS[name].labels}
+        wanted = {
+            (way, source, length_of(run, way, arguments), str(run.seed), arguments.lr)
+            for way in ROWS[name].labels
+        }
         if wanted - known:
             messages.say(", ".join(ROWS[name].labels.values()))
             words = [a for a in sys.argv[1:] if a not in ROWS and a != "--rows"]

@@ -49,7 +49,9 @@ def decoded(config: Config, items: list[Item]) -> tuple[np.ndarray, str, list]:
         raise UserError(
             Exit.DATA, f"the cache {cache} is inside --data {config.data}; give another --cache"
         )
-    settings = [CACHE_FORMAT, config.slices, config.axis]
+    # Slices in volume files share the window of their series.
+    series = [i.series for i in items if i.is_volume and i.series != i.name]
+    settings = [CACHE_FORMAT, config.slices, config.axis, *series]
     seen = cache / f"{stable_hash(settings, str(root), _listing(items))}.seen"
     fingerprint = _seen_fingerprint(seen)
     if fingerprint and (found := _load(cache / f"{fingerprint}.npy", len(items))):

@@ -24,11 +24,11 @@ KNOWN = rf"(?i)(?<![a-z0-9])(?:sub-)?({_IDS})"  # OASIS, ADNI, IXI, TCGA and BID
 KNOWN_OR_WORD = rf"(?i)(?<![a-z0-9])(?:sub-)?({_IDS}|{_WORDS})"
 WORD = rf"(?i)(?<![a-z0-9])({_WORDS})"
 # A number after one of these words counts something else than persons.
-_SLICES = "slice slc sl z img image im i frame ax axial"
+_SLICES = "slice slc sl z img image frame ax axial"
 _NO_PERSON = (
     "class stage grade fold group batch part disc disk site set dataset center cohort "
     "visit v ses session scan run rep echo time timepoint tp t pd week w month m year y day d "
-    f"mr mpr {_SLICES}"
+    f"mr mpr im i {_SLICES}"
 ).split()
 _DATE = re.compile(  # with a time, if one follows
     r"(?<!\d)(?:19|20)\d\d([-_.]?)[01]\d\1[0-3]\d(?:[-_ T]?\d\d[-_.:]?\d\d[-_.:]?\d\d(\.\d+)?)?"
@@ -48,6 +48,14 @@ class Reading:
         self.keys = [match and match[1] for match in self.matches]
         self.complete = all(self.keys)
         self.persons = len(set(self.keys))
+
+    def spelled_alike(self) -> "Reading":
+        """Merge persons that differ in case, leading zeros or separators: P001, p-1."""
+        first = {}
+        plain = [re.sub(r"(?<!\d)[-_ ]?0*(?=\d)", "", key.casefold()) for key in self.keys]
+        self.keys = [first.setdefault(p, key) for p, key in zip(plain, self.keys, strict=True)]
+        self.persons = len(first)
+        return self
 
     def examples(self, count: int = 3) -> list[str]:
         """Persons, each with the path that it was read from."""
@@ -77,12 +85,19 @@ def who(names: list[str], config: Config) -> Reading | None:
     known = Reading(names, "a known name", KNOWN)
     if any(known.keys) and not known.complete:
         known = Reading(names, "a known name", KNOWN_OR_WORD)
+    if any(known.keys) and not known.complete:
+        odd = next(name for name, key in zip(names, known.keys, strict=True) if not key)
+        raise UserError(
+            Exit.DATA,
+            f"{printable(odd)} holds no known subject number, and other paths do: move it "
+            "away, or give --subject-pattern",
+        )
     if known.complete and not _recurs(known):
         _check_one_each(names)
         # sub-01 and case_1 in small letters, numbers of archives in capitals
         known.keys = [k.lower() if k[0] in "sScCpP" else k.upper() for k in known.keys]
         return known
-    readings = [reading for reading in _readings(names) if _plausible(reading)]
+    readings = [r.spelled_alike() for r in _readings(names) if _plausible(r)]
     if not readings:
         return _one_volume_each(names)
     largest = min(readings, key=lambda reading: reading.persons)
@@ -161,6 +176,10 @@ def _plausible(reading: Reading) -> bool:
         return False  # one digit: classes, contrasts, repeats
     if all(map(_in_date, reading.matches)):
         return False
+    files = Counter(reading.keys).values()
+    alone = sum(count == 1 for count in files) > len(files) / 2
+    if alone and reading.pattern != WORD and not _is_volume(reading.names[0]):
+        return False  # the number of an image, not of a person
     return not (_counts_on(reading) or _recurs(reading))
 
 
@@ -197,16 +216,22 @@ def _counts_on(reading: Reading) -> bool:
 def _parents(reading: Reading) -> tuple[int, int, int]:
     """Return the number of values, of parents, and of pairs of both.
 
-    The parent of a value is the path before it, without visits and dates.
+    A value begins at its first digit. Its parent is the path before it, without visits and
+    dates.
     """
-    places = zip(reading.matches, reading.keys, strict=True)
-    pairs = {(match.string[: match.start(1)], key) for match, key in places}
-    pairs = {(_COUNT.sub("", _DATE.sub("", before)), key) for before, key in pairs}
-    return reading.persons, len({parent for parent, _ in pairs}), len(pairs)
+    pairs = set()
+    for match in reading.matches:
+        start = match.start(1) + re.match(r"(?:\D*(?=\d))?", match[1]).end()
+        before = _COUNT.sub("", _DATE.sub("", match.string[:start]))
+        pairs.add((before, match.string[start : match.end(1)]))
+    values, parents = {value for _, value in pairs}, {parent for parent, _ in pairs}
+    return len(values), len(parents), len(pairs)
 
 
 def _last_of_image(match: re.Match) -> bool:
     """Whether this is the last number of an image's name, the slice: 12 of p01/z_12.png."""
+    if re.fullmatch(WORD, match[1]):  # a patient
+        return False
     after = match.string[match.end(1) :]
     last = not (re.search(r"\d", after.partition(".")[0]) or "/" in after)
     return last and not _is_volume(match.string)
@@ -236,12 +261,11 @@ def _one_volume_each(names: list[str]) -> Reading | None:
     for depth in range(min(name.count("/") for name in names)):
         found = Reading(names, f"folder {depth + 1}", "^" + depth * "[^/]+/" + "([^/]+)/")
         if found.persons == len(names):
-            return found
+            return None if _recurs(found) else found
     found = Reading(names, "the file name", r"([^/.]*\d[^/.]*)[^/]*$")
     folders = {name.rpartition("/")[0] for name in names}
-    return (
-        found if found.complete and found.persons == len(names) and len(folders) == 1 else None
-    )
+    alone = found.complete and found.persons == len(names) and len(folders) == 1
+    return found if alone and not _recurs(found) else None
 
 
 # --- series -------------------------------------------------------------------------------

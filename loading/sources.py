@@ -115,6 +115,9 @@ def find(root: Path, config: Config, subjects: bool = True) -> tuple[list[Item],
     if subjects:
         notes.append(assign_subjects(items, config))
         items = _one_scan_a_session(items, ignored)
+    else:
+        with contextlib.suppress(UserError):  # of use for telling series apart only
+            assign_subjects(items, config)
     _assign_series(items)
     ignored = {printable(what): count for what, count in ignored.items()}
     report = {"source": kind, "root": printable(root), "ignored": ignored, "notes": notes}

@@ -427,7 +427,7 @@ def area_distance(areas, other, levels, other_levels, bins: int = 8) -> float:
     """Mean Wasserstein distance, in pixels, of tissue areas (N,3) and (M,3) at equal level.
 
     levels (N,), other_levels (M,): slice levels, compared in `bins` ranges, or all together if
-    one of them is unknown (NaN).
+    one of them is unknown (NaN) or no range has slices of both.
     """
     both = [np.asarray(levels), np.asarray(other_levels)]
     if not all(np.isfinite(x).all() for x in both):
@@ -439,7 +439,10 @@ def area_distance(areas, other, levels, other_levels, bins: int = 8) -> float:
         for t in range(areas.shape[1])
         if (ranges[0] == k).any() and (ranges[1] == k).any()
     ]
-    return float(np.mean(distances)) if distances else math.nan
+    if not distances:
+        unknown = (np.full(len(x), math.nan) for x in both)
+        return area_distance(areas, other, *unknown)
+    return float(np.mean(distances))
 
 
 def thumbnails(x: Tensor, side: int = 64) -> Tensor:

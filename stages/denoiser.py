@@ -163,9 +163,10 @@ class Denoiser(nn.Module):
         """Generated x (n, C, h, w) -> index maps (n, h, w) whose cells fit together.
 
         As SDEdit (Meng et al. 2022, arXiv:2108.01073): add enough noise to hide what is wrong,
-        then remove it by a multistep method (DPM-Solver++ of Lu et al. 2022, arXiv:2211.01095,
-        algorithm 2). The method extrapolates D(x; sigma) from the step before, linearly in log
-        sigma, and solves the diffusion ODE for it exactly. At the smallest sigma of training,
+        then remove it by a multistep method. It extrapolates D(x; sigma) from the step before,
+        linearly in log sigma, and solves the diffusion ODE for it exactly (DPM-Solver++ of Lu
+        et al. 2022, arXiv:2211.01095, algorithm 2, approximates that integral). At the smallest
+        sigma of training,
         each cell becomes its most probable code.
         noise (n, C, h, w): white, of unit variance. Raises FloatingPointError if x, or the
         result of a pass but the last, is not finite.
@@ -192,8 +193,9 @@ class Denoiser(nn.Module):
 
         def restore(u: Tensor, z: Tensor, level: Tensor) -> Tensor:
             x = self.places(code_map.decode(u)) if code_map.even else u / self.sd
+            grain = grain_of(z, *x.shape[1:])
             with autocast() if autocast else torch.autocast(u.device.type, enabled=False):
-                return self.restore(x, grain_of(z, *x.shape[1:]), level)
+                return self.restore(x, grain, level)
 
         return restore
 
@@ -232,9 +234,9 @@ def place_features(h: int, w: int, device) -> Tensor:
 
 
 def grain_of(z: Tensor, *shape: int) -> Tensor:
-    """White noise (n, *shape) of unit variance, a linear function of z (n, Z) / |z|.
+    """Noise (n, *shape) of unit variance, white in each row, linear in z (n, Z) / |z|.
 
-    So a restored sample is a smooth function of its z. Noise of independent z is independent.
+    So a restored sample is a smooth function of its z.
     """
     basis = _grain(z.shape[1], *shape).to(z.device)  # (Z, *shape)
     return torch.einsum("nz,z...->n...", F.normalize(z), basis)  # (n, *shape)
@@ -347,6 +349,7 @@ def measure_denoiser(average: Denoiser, real: RealMaps, stage: Stage) -> dict:
         parts = zip(*(x.to(maps.device).split(32) for x in inputs), strict=True)
         return torch.cat([denoising_loss(average, *part) for part in parts])
 
-    loss = distributed.in_shares(losses, maps, noise, sigma, level).mean().item()
+    each = distributed.in_shares(losses, maps, noise, sigma, level)
+    loss = distributed.first(lambda: each.mean().item())
     stage.offer(loss, denoiser=average)
     return {"loss_validation": loss}

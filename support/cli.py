@@ -114,8 +114,9 @@ def _check(f, value):
 def _assignment(text: str) -> tuple[str, object]:
     """NAME=VALUE -> (name, value), checked."""
     name, _, value = text.partition("=")
-    if name not in FIELDS or isinstance(FIELDS[name].default, bool):
-        raise argparse.ArgumentTypeError(f"{name!r} is no field of config.py with a value")
+    if name not in BY_SET:
+        hint = f"; give {flag_of(FIELDS[name])}" if name in FIELDS else ""
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be set by --set{hint}")
     f = FIELDS[name]
     many = isinstance(f.default, tuple)
     kind = type(f.default[0] if many else f.default)

@@ -27,6 +27,8 @@ def choose_device(name: str) -> torch.device:
 
     In a distributed run each process gets its own GPU, or all use the CPU.
     """
+    torch.backends.cudnn.allow_tf32 = False  # its 10 bits gave one cell in 600 another code
+    torch.backends.cudnn.deterministic = True
     if distributed.count() > 1:
         mine = f"cuda:{distributed.local()}"
         if name not in ("auto", "cuda", "cpu", mine):
@@ -130,8 +132,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """Copy x to the device without a sync."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    """Copy x to the device, on CUDA without a sync.
+
+    On MPS such a copy may read memory that is freed meanwhile (pytorch issue 189690).
+    """
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 # --- training steps as CUDA graphs --------------------------------------------------------

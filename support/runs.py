@@ -157,13 +157,20 @@ def diverged(folder: Path) -> dict[int, dict]:
 def check_out(config: Config):
     """Raise UserError if the results folder cannot take this run, before data are decoded.
 
-    Exit 4 if --out holds another run, 5 if it holds other files, 7 if it cannot be written.
+    Exit 3 if it lies in --data (its figures would become data), 4 if --out holds another run, 5
+    if it holds other files, 7 if it cannot be written.
     """
-    check_writable(Path(config.out) if config.out else RUNS)
-    if config.out and (Path(config.out) / "config.json").exists():
-        _unless_another(Path(config.out), {"config": config.identity()})
+    folder = Path(config.out) if config.out else RUNS
+    if config.data and folder.resolve().is_relative_to(Path(config.data).resolve()):
+        raise UserError(
+            Exit.DATA,
+            f"the results {folder} are inside --data {config.data}; give another --out",
+        )
+    check_writable(folder)
+    if config.out and (folder / "config.json").exists():
+        _unless_another(folder, {"config": config.identity()})
     elif config.out:
-        _unless_foreign(Path(config.out), config)
+        _unless_foreign(folder, config)
 
 
 def _unless_another(folder: Path, mine: dict) -> dict:

@@ -84,7 +84,7 @@ def test_the_ways_of_this_project_leave_out_a_network_each(finished, monkeypatch
 
 
 def written(path, ways):
-    lines = [f"{way},embedded,0,1.0" + "," * (len(compare.COLUMNS) - 4) for way in ways]
+    lines = [f"{way},embedded,quick,0,1.0" + "," * (len(compare.COLUMNS) - 5) for way in ways]
     path.write_text("\n".join([",".join(compare.COLUMNS), *lines]) + "\n")
 
 
@@ -92,12 +92,18 @@ def test_the_table_gives_mean_and_sd_of_several_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
     written(tmp_path / "comparison.csv", ["ours", "transformer"])
     with open(tmp_path / "comparison.csv", "a", encoding="utf-8") as file:
-        for seed, minutes in ((1, 9), (2, 12)):
-            rest = "," * (len(compare.COLUMNS) - 5)
-            file.write(f"ours,embedded,{seed},1.0,{minutes}{rest}\n")
+        for length, seed, lr, minutes in (
+            ("quick", 1, 1.0, 99), ("quick", 1, 1.0, 9), ("quick", 2, 1.0, 12),
+            ("long", 1, 1.0, 30), ("quick", 1, 0.3, 8),
+        ):  # fmt: skip
+            rest = "," * (len(compare.COLUMNS) - 6)
+            file.write(f"ours,embedded,{length},{seed},{lr},{minutes}{rest}\n")
     lines = compare.table().splitlines()[2:]
-    assert lines[0].startswith("| this project | embedded | 0, 1, 2 | 10.5 (2.1) | - |")
-    assert len(lines) == 2 and "| 0 | - | - |" in lines[1]
+    assert lines[0].startswith("| this project | embedded | quick | 0, 1, 2 | 10.5 (2.1) | - |")
+    assert lines[1].startswith("| this project | embedded | long | 1 | 30 | - |")
+    other = "| this project, learning rates x 0.3 | embedded | quick | 1 | 8 | - |"
+    assert lines[2].startswith(other)
+    assert len(lines) == 4 and "| quick | 0 | - | - |" in lines[3]
 
 
 def test_whole_rows_of_the_csv_are_skipped_and_half_ones_run_again(
@@ -126,12 +132,13 @@ def test_whole_rows_of_the_csv_are_skipped_and_half_ones_run_again(
 def test_the_figure_shows_samples_of_each_way_that_was_drawn(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(finished[0])
     run = compare.predict.load_run("out/seed-0", "cpu")
+    given = argparse.Namespace(out=tmp_path, lr=0.3, minutes=12)
     with pytest.raises(UserError, match="no samples"):
-        compare.figure(run, tmp_path)
+        compare.figure(run, given)
     images = run.sample(8)[1]
     for way in ("ours", "transformer"):
-        compare.predict.write_slices(compare.folder_of(run, way, tmp_path), iter([images]))
-    axes = compare.figure(run, tmp_path).axes
+        compare.predict.write_slices(compare.folder_of(run, way, given), iter([images]))
+    axes = compare.figure(run, given).axes
     assert [ax.get_title("left") for ax in axes] == [
         compare.LABELS[w] for w in ("ours", "transformer")
     ]

@@ -55,6 +55,14 @@ def test_the_same_command_continues_an_unfinished_seed_and_then_adds_the_next(he
     assert runs.results_folder(QUICK, "data") == (folder, range(1, 2))
 
 
+def test_results_never_go_into_the_data_folder(here):
+    for config in (Config(data="slices", out="slices/results"), Config(data=".")):
+        with pytest.raises(UserError, match="give another --out") as problem:
+            runs.check_out(config)
+        assert problem.value.code == Exit.DATA
+    runs.check_out(Config(data="slices", out="slices-results"))
+
+
 def test_a_seed_that_diverged_is_not_tried_again(here):
     folder, _ = runs.results_folder(QUICK, "data")
     begin(folder, 0)

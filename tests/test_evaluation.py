@@ -9,7 +9,7 @@ import torch
 
 from config import Config
 from dataset import BrainSlices, Crop, Data
-from scores import evaluation
+from scores import evaluation, metrics
 
 PEOPLE, LEVELS = {"train": 40, "validation": 12, "test": 12}, 8
 
@@ -116,6 +116,13 @@ def test_a_split_is_measured_part_by_part_in_order(monkeypatch):
     assert max(sizes) == evaluation.PART and sum(sizes) == 300
     some = np.array([5, 2, 250])
     assert torch.equal(evaluation.in_parts(measure, split, some), found[some])
+
+
+def test_areas_without_a_common_range_of_levels_are_compared_together():
+    areas, other = np.random.default_rng(0).random((2, 6, 3))
+    low, high, unknown = np.linspace(0, 0.3, 6), np.linspace(0.6, 1, 6), np.full(6, np.nan)
+    together = metrics.area_distance(areas, other, unknown, unknown)
+    assert metrics.area_distance(areas, other, low, high) == together > 0
 
 
 def test_areas_are_compared_alike_if_the_levels_of_one_set_are_unknown(data):

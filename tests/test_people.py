@@ -112,6 +112,8 @@ ASKED = {  # names that allow two readings, and how many persons each has
     "a number and a number in brackets": (
         [f"Mild/{a} ({b}).jpg" for a in range(26, 33) for b in range(1, 60)], "7", "59"),
     "unknown letters before each": (grid("a{1}_p0{0}.nii"), "3", "8"),
+    "a slice number before the person's": (
+        [f"{80 + k}_patient{p}.png" for k in range(10) for p in range(39)], "10", "39"),
     "wards or persons": (
         [f"ward{w}/P{w}{p:03d}/x.nii" for w in VISITS for p in range(30)], "3", "90"),
 }  # fmt: skip
@@ -138,8 +140,30 @@ def test_a_path_that_names_two_persons_stops_the_run():
     assert problem.value.code == Exit.DATA
 
 
+def test_persons_that_differ_in_case_zeros_or_separators_are_one():
+    forms = "train/Patient_{}/z{}.png", "test/patient0{}/y{}.png"
+    reading = people.who([name for form in forms for name in grid(form)], Config())
+    assert reading.persons == 8 and set(reading.keys) == {f"Patient_{p}" for p in EIGHT}
+    assert people.who(grid("p1{}/z{}.png") + grid("p10{}/z{}.png"), Config()).persons == 16
+
+
+def test_one_path_without_a_number_among_known_ones_is_named():
+    names = [f"AD/OAS1_000{p}_MR1_{k}.jpg" for p in EIGHT for k in range(4)]
+    with pytest.raises(UserError, match=r"AD/sample\.jpg holds no known subject number"):
+        people.who([*names, "AD/sample.jpg"], Config())
+
+
 UNKNOWN = {
     "numbered images": [f"img{k:03d}.png" for k in range(30)],
+    "images of random names": [f"Mild/{k:02x}e{k * 7 % 60}c-2f.jpg" for k in range(60)],
+    "images of classes, one odd": [
+        *(f"Tr-gl_{k:04d}.jpg" for k in range(60)),
+        "Tr-gl_0010 (1).jpg",
+    ],
+    "sizes in the name": [f"{k:04d}_512.jpg" for k in range(320)],
+    "visits of names": [
+        f"{a}_visit{v}.nii" for a in ("alice", "bob", "eve", "al") for v in VISITS
+    ],
     "images of a class": [f"Training/glioma/Te-gl_{k:04d}.jpg" for k in range(30)],
     "two volumes a name": [f"{a}/T1_{k}.nii" for a in ("alice", "bob", "eve") for k in (1, 2)],
     "visits below names": [
@@ -159,6 +183,7 @@ SERIES = {  # names of two series, of equally many slices
     "repeats": [f"OAS1_0001_MR1_mpr-{r}_{k}.jpg" for r in (1, 2) for k in (100, 101, 102)],
     "weeks": [f"case_4_week_{w}_slice_{k}.nii.gz" for w in (0, 1) for k in (1, 2, 3)],
     "a folder each": [f"c_{w}_s_{k}.nii/c_{w}_s_{k}.nii" for w in (0, 1) for k in (4, 5, 6)],
+    "image numbers": [f"002_S_4002_I450{s}_{k}.png" for s in (1, 2) for k in (80, 9, 100)],
     "folders": [f"p{p}/z{k}.png" for p in (1, 2) for k in range(4)],
 }
 

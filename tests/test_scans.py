@@ -194,6 +194,19 @@ def test_slices_in_nifti_files_have_levels_and_one_window_a_series(tmp_path, for
     assert np.abs(series.astype(int) - again).max() <= 1
 
 
+def test_a_series_has_one_window_in_every_command_and_in_any_cache(tmp_path):
+    for person in range(4):
+        voxels = head((30, 40, 36), person) * (person + 1)  # each person's own scale
+        for k in range(12):
+            path = tmp_path / "data" / f"P{person:03d}_{k:02d}.nii.gz"
+            nifti(path, voxels[:, :, 8 + 2 * k])
+    wrong = opened(tmp_path, subject_pattern=r"(P\d+_\d+)")  # each slice is a series
+    data = opened(tmp_path)
+    assert data.fingerprint != wrong.fingerprint
+    assert not np.array_equal(data.images, wrong.images)
+    assert np.array_equal(data.images, read_slices(tmp_path / "data", Config()))
+
+
 def test_many_slices_without_levels_are_said_at_once(tmp_path, capsys):
     for person in range(70):
         png(tmp_path / "data" / f"sub-{person}" / "z.png", grey(person))

@@ -84,7 +84,7 @@ def test_the_printed_flags_make_the_same_config_again(field):
 def test_flags_override_the_preset_and_set_takes_several_numbers():
     config = config_of(
         "--preset", "classic", "--set", "decoder_widths=48,24", "--set", "recipe=improved",
-        "--set", "warm_up=0.5", "--lr", "0.25", "--set", "gan_lr=1e-4,2e-4",
+        "--set", "warm_up=0.5", "--lr", "0.25", "--gan-lr", "1e-4", "2e-4",
     )  # fmt: skip
     assert config.decoder_widths == (48, 24) and config.gan_lr == (1e-4, 2e-4)
     assert not config.original and config.lr == 0.25 and config.warm_up == 0.5
@@ -97,6 +97,7 @@ def test_flags_override_the_preset_and_set_takes_several_numbers():
     ("options", "words"),
     [
         (["--lr", "nan"], ["lr", "allowed"]),
+        (["--set", "runs=3"], ["runs", "give --runs"]),
         (["--batch-size", "-1"], ["batch", "allowed", "65536"]),
         (["--codes", "1"], ["codes", "allowed"]),
         (["--codes", "1.5"], ["'1.5' is not int"]),
