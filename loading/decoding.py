@@ -281,9 +281,14 @@ def series_ends(paths: tuple[Path, ...], axis: int) -> Ends:
 
 
 def _spread(stack: np.ndarray, slices: int) -> np.ndarray:
-    """Return indices, evenly spaced from the lowest to the highest slice with enough brain."""
+    """Return indices, evenly spaced from the lowest to the highest slice with enough brain.
+
+    A single one is the middle one.
+    """
     share = (stack > 255 * 0.05).mean(axis=(1, 2))
     enough = np.flatnonzero(share >= min(MIN_BRAIN, share.max() / 2))
+    if slices == 1:
+        return enough[[len(enough) // 2]]
     return np.unique(np.rint(np.linspace(enough[0], enough[-1], slices)).astype(int))
 
 

@@ -36,6 +36,7 @@ _DATE = re.compile(  # with a time, if one follows
 _COUNT = re.compile(rf"(?i)(?<![a-z])(?:{'|'.join(_NO_PERSON)})[-_ ]?\d+")
 _SLICE = re.compile(rf"(?i)(?<![a-z])(?:{_SLICES.replace(' ', '|')})[-_ ]?\d+")
 _CONTRAST = re.compile(r"(?<![A-Za-z0-9])T[12](?=[a-z]*(?![a-z0-9]))")  # T1w is no slice 1
+FILE = "the file name"  # in which a reading finds the person
 DOUBTED = 8  # times more persons by another reading: ask
 
 
@@ -156,7 +157,7 @@ def _readings(names: list[str]) -> Iterator[Reading]:
     places = [(f"folder {d + 1}", "^" + d * "[^/]+/", "[^/]*/") for d in range(min(depths))]
     if min(depths) < max(depths):
         places.append(("the last folder", "(?:^|/)", "[^/]*/[^/]*$"))
-    places.append(("the file name", "(?:^|/)", "[^/]*$"))
+    places.append((FILE, "(?:^|/)", "[^/]*$"))
     for what, before, after in places:
         for skipped in range(4):
             start = before + skipped * _NUMBER + _FIRST
@@ -178,7 +179,7 @@ def _plausible(reading: Reading) -> bool:
         return False
     files = Counter(reading.keys).values()
     alone = sum(count == 1 for count in files) > len(files) / 2
-    if alone and reading.pattern != WORD and not _is_volume(reading.names[0]):
+    if alone and reading.what == FILE and not _is_volume(reading.names[0]):
         return False  # the number of an image, not of a person
     return not (_counts_on(reading) or _recurs(reading))
 
@@ -262,7 +263,7 @@ def _one_volume_each(names: list[str]) -> Reading | None:
         found = Reading(names, f"folder {depth + 1}", "^" + depth * "[^/]+/" + "([^/]+)/")
         if found.persons == len(names):
             return None if _recurs(found) else found
-    found = Reading(names, "the file name", r"([^/.]*\d[^/.]*)[^/]*$")
+    found = Reading(names, FILE, r"([^/.]*\d[^/.]*)[^/]*$")
     folders = {name.rpartition("/")[0] for name in names}
     alone = found.complete and found.persons == len(names) and len(folders) == 1
     return found if alone and not _recurs(found) else None

@@ -80,10 +80,10 @@ def stable_hash(*parts) -> str:
 
 # --- finding ------------------------------------------------------------------------------
 
-_JUNK = re.compile(r"\.|__macosx$|thumbs\.db$|desktop\.ini$", re.I)
+_JUNK = re.compile(r"\.|__macosx$|thumbs\.db$|desktop\.ini$|@eadir$|fsaverage", re.I)
 _SEGMENTATION = re.compile(
-    r"(?<![a-z])(?:[adfw]?m?(?:seg|parc)(?:s|ment\w*)?|probseg|(?:brain)?masks?|labels?|ribbon|rois?"
-    r"|annotations?|ground_?truths?)(?:tr|ts|train|val|test)?\d*(?![a-z])"
+    r"(?<![a-z])(?:[adfw]?m?(?:seg|parc)(?:s|ment\w*)?|probseg|(?:brain|lesion|tumou?r)?masks?|labels?"
+    r"|ribbon|rois?|annotations?|ground_?truths?|gt)(?:tr|ts|train|val|test)?\d*(?![a-z])"
 )
 # If a tree has several of these, only the first in this list is used.
 _PREFERRED = (
@@ -205,7 +205,11 @@ def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
     chosen, kind = (volumes, "volumes") if volumes else (names, "images")
     for preferred, pattern in _PREFERRED:
         if matching := [name for name in volumes if pattern.search(name)]:
-            chosen, kind = matching, preferred
+            norms = {name for name in matching if name.endswith("/norm.mgz")}
+            chosen = [
+                n for n in matching if n.replace("/T1.mgz", "/norm.mgz") not in norms - {n}
+            ]
+            kind = preferred
             break
     others = set(names) - set(chosen)
     if contrasts := sum(map(_is_other_contrast, others)):
@@ -252,26 +256,27 @@ def _one_scan_a_session(items: list[Item], ignored: Counter) -> list[Item]:
     if not items[0].is_volume:
         return items
 
-    def rank(item: Item) -> tuple:  # variants last, FreeSurfer's T1 after its norm
-        return bool(_VARIANT.search(item.name)), item.name.endswith("/T1.mgz")
+    def is_variant(item: Item) -> bool:
+        return bool(_VARIANT.search(item.name))
 
     sessions = defaultdict(list)
+    dated = len({people.date(item.name) for item in items}) > 1  # else it is the data set's
     for item in items:
-        sessions[item.subject, _session(item)].append(item)
+        sessions[item.subject, _session(item, dated)].append(item)
     kept = set()
     for scans in sessions.values():
         slices = len(scans) > 1 and _is_slice(scans[0])
-        kept.update(item.name for item in (scans if slices else [min(scans, key=rank)]))
+        kept.update(item.name for item in (scans if slices else [min(scans, key=is_variant)]))
         for item in scans:
             if item.name not in kept:
-                variant = _VARIANT.search(item.name)
+                variant = is_variant(item)
                 ignored["variants of a scan" if variant else "repeated scans of a session"] += 1
     return [item for item in items if item.name in kept]
 
 
-def _session(item: Item) -> str:
+def _session(item: Item, dated: bool) -> str:
     """Return the visit that a path tells: its date, else visits and days, else numbers."""
-    if date := people.date(item.name):
+    if dated and (date := people.date(item.name)):
         return date
     name = re.sub(re.escape(item.subject), "", item.name, flags=re.I)
     if visits := {visit.lower() for visit in _VISIT.findall(name)}:

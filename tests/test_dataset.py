@@ -534,6 +534,8 @@ def test_volume_slices_cover_the_brain_evenly(tmp_path):
     middle = stack[:, 128, 128].astype(int)
     assert len(stack) == 5 and (np.abs(np.diff(middle, 2)) <= 8).all()
     assert len(read_slices(tmp_path / "a.nii", Config(slices=200))) <= 41
+    (single,) = read_slices(tmp_path / "a.nii", Config(slices=1))
+    assert np.array_equal(single, stack[2])  # the middle one
 
 
 # --- damage -------------------------------------------------------------------------------

@@ -56,8 +56,11 @@ LEFT_OUT = {  # files of person {0}, the one that is kept, and why the others ar
     "FreeSurfer": (
         ["bert{0}/mri/norm.mgz", "bert{0}/mri/T1.mgz", "bert{0}/mri/aseg.mgz",
          "bert{0}/mri/orig.mgz"],
-        {"repeated scans of a session": 1, "segmentations": 1,
-         "other versions of the scans": 1}),
+        {"segmentations": 1, "other versions of the scans": 2}),
+    "thumbnails and lesions": (
+        ["P0{0}/z1.png", "P0{0}/@eaDir/z1.png/SYNO_THUMB_M.jpg", "P0{0}/z1_lesionMask.png",
+         "P0{0}/z1_GT.png"],
+        {"system files": 1, "segmentations": 2}),
 }  # fmt: skip
 
 
@@ -92,6 +95,19 @@ def test_visits_are_sessions_and_a_visit_in_two_folders_is_one(tmp_path):
     names = [f"{place}/P00{{0}}_v{k}/brain.nii" for place, k in (("a", 1), ("a", 2), ("b", 1))]
     items, report = sources.find(touched(tmp_path / "c", names), Config())
     assert len(items) == 8 and report["ignored"] == {"repeated scans of a session": 4}
+
+
+def test_the_date_of_a_data_set_is_no_visit(tmp_path):
+    names = [f"set_2019-05-01/sub-{{0}}/ses-{v}/x_T1w.nii" for v in (1, 2, 3)]
+    assert len(sources.find(touched(tmp_path, names), Config())[0]) == 12
+
+
+def test_freesurfer_persons_may_have_names_and_its_templates_are_no_persons(tmp_path):
+    people = "bert", "ernie", "al"
+    touched(tmp_path, ["{0}/mri/norm.mgz", "{0}/mri/T1.mgz"], people)
+    touched(tmp_path, ["{0}/mri/T1.mgz"], ["fsaverage", "fsaverage5"])
+    items, _ = sources.find(tmp_path, Config())
+    assert sorted(item.name for item in items) == sorted(f"{p}/mri/norm.mgz" for p in people)
 
 
 def test_what_the_subjects_were_read_from_is_said(tmp_path, capsys):
