@@ -115,8 +115,8 @@ def _assignment(text: str) -> tuple[str, object]:
     """NAME=VALUE -> (name, value), checked."""
     name, _, value = text.partition("=")
     if name not in BY_SET:
-        hint = f"; give {flag_of(FIELDS[name])}" if name in FIELDS else ""
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be set by --set{hint}")
+        flag = f"has a flag of its own, {flag_of(FIELDS[name])}" if name in FIELDS else ""
+        raise argparse.ArgumentTypeError(f"{name!r} {flag or 'is no field of config.py'}")
     f = FIELDS[name]
     many = isinstance(f.default, tuple)
     kind = type(f.default[0] if many else f.default)

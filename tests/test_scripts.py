@@ -97,7 +97,7 @@ def test_flags_override_the_preset_and_set_takes_several_numbers():
     ("options", "words"),
     [
         (["--lr", "nan"], ["lr", "allowed"]),
-        (["--set", "runs=3"], ["runs", "give --runs"]),
+        (["--set", "runs=3"], ["runs", "flag of its own, --runs"]),
         (["--batch-size", "-1"], ["batch", "allowed", "65536"]),
         (["--codes", "1"], ["codes", "allowed"]),
         (["--codes", "1.5"], ["'1.5' is not int"]),
