@@ -1,7 +1,7 @@
 """How fast is it, beside a plain implementation and beside other libraries?
 
     pip install -r benchmarks/requirements.txt        # the other libraries
-    python benchmarks/speed.py                        # eight minutes, on an idle machine
+    python benchmarks/speed.py                        # twelve minutes, on an idle machine
     python benchmarks/speed.py --groups search ssim   # these; the others keep their numbers
     python benchmarks/speed.py --table                # the table, from the JSON
 
