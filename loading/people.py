@@ -65,6 +65,11 @@ class Reading:
             first.setdefault(key, printable(name if len(name) <= 50 else f"{name[:47]}..."))
         return [f"{key} from {name}" for key, name in list(first.items())[:count]]
 
+    def first_without(self) -> str:
+        """The first path in which no person was found."""
+        pairs = zip(self.keys, self.names, strict=True)
+        return printable(next(name for key, name in pairs if not key))
+
     def within(self, larger: "Reading") -> bool:
         """Whether each person of this reading lies in one person of `larger`."""
         return len(set(zip(self.keys, larger.keys, strict=True))) == self.persons
@@ -78,20 +83,18 @@ def who(names: list[str], config: Config) -> Reading | None:
     if config.subject_pattern:
         found = Reading(names, "--subject-pattern", _checked(config.subject_pattern))
         if not found.complete:
-            without = next(n for n, key in zip(names, found.keys, strict=True) if not key)
             raise UserError(
-                Exit.DATA, f"--subject-pattern finds no subject in {printable(without)}"
+                Exit.DATA, f"--subject-pattern finds no subject in {found.first_without()}"
             )
         return found
     known = Reading(names, "a known name", KNOWN)
     if any(known.keys) and not known.complete:
         known = Reading(names, "a known name", KNOWN_OR_WORD)
     if any(known.keys) and not known.complete:
-        odd = next(name for name, key in zip(names, known.keys, strict=True) if not key)
         raise UserError(
             Exit.DATA,
-            f"{printable(odd)} holds no known subject number, and other paths do: move it "
-            "away, or give --subject-pattern",
+            f"{known.first_without()} holds no known subject number, and other paths do: move "
+            "it away, or give --subject-pattern",
         )
     if known.complete and not _recurs(known):
         _check_one_each(names)

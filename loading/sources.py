@@ -205,10 +205,8 @@ def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
     chosen, kind = (volumes, "volumes") if volumes else (names, "images")
     for preferred, pattern in _PREFERRED:
         if matching := [name for name in volumes if pattern.search(name)]:
-            norms = {name for name in matching if name.endswith("/norm.mgz")}
-            chosen = [
-                n for n in matching if n.replace("/T1.mgz", "/norm.mgz") not in norms - {n}
-            ]
+            twins = {n.replace("/norm.mgz", "/T1.mgz") for n in matching if "/norm.mgz" in n}
+            chosen = [name for name in matching if name not in twins]
             kind = preferred
             break
     others = set(names) - set(chosen)

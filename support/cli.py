@@ -114,10 +114,11 @@ def _check(f, value):
 def _assignment(text: str) -> tuple[str, object]:
     """NAME=VALUE -> (name, value), checked."""
     name, _, value = text.partition("=")
-    if name not in BY_SET:
-        flag = f"has a flag of its own, {flag_of(FIELDS[name])}" if name in FIELDS else ""
-        raise argparse.ArgumentTypeError(f"{name!r} {flag or 'is no field of config.py'}")
+    if name not in FIELDS:
+        raise argparse.ArgumentTypeError(f"{name!r} is no field of config.py")
     f = FIELDS[name]
+    if name not in BY_SET:
+        raise argparse.ArgumentTypeError(f"{name!r} has a flag of its own, {flag_of(f)}")
     many = isinstance(f.default, tuple)
     kind = type(f.default[0] if many else f.default)
     try:
