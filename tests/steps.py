@@ -26,13 +26,13 @@ from dataset import BrainSlices
 from stages.decoder import Decoding, decoder_batch, decoder_step
 from stages.denoiser import denoiser_batch, denoiser_step, make_denoiser
 from stages.losses import random_corner, structural_loss
-from stages.stage import CROP, ORDER, Feed, order_of, seeded, update_average
+from stages.stage import CROP, Feed, batch_rows, seeded, update_average
 from support import distributed
 
 # A larger gamma would make plain gradient descent so steep that it multiplies rounding errors.
 CONFIG = Config(precision="float32", batch_size=8, gan_batch_size=8, codes=64, gamma=0.3)
 SLICES = 24
-DECODER_LOSSES = "loss", "g_loss", "d_loss", "r1", "r2"
+STEPS = range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3)  # the second has penalties
 CPU = torch.device("cpu")
 
 
@@ -60,31 +60,6 @@ def moved(before: dict, **networks: torch.nn.Module) -> dict:
     return {k: v - before[k] for k, v in floats(**networks).items()}
 
 
-def vqvae_steps() -> dict:
-    """Five steps, with a revival of five dead codes among them."""
-    data = slices()
-    run = SimpleNamespace(config=CONFIG, seed=0, device=CPU)
-    stage = SimpleNamespace(run=run, steps=1000, step=0)
-    model = seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
-    optimizer, loss = SGD(model.parameters(), lr=1e-2), structural_loss(CONFIG)
-    train.start_codebook(model, data, run)
-    far = torch.arange(5)
-    model.quantizer.replace(far, torch.full((5, CONFIG.code_dim), 100.0))  # no cell is near
-    before, losses, revived = floats(vqvae=model), [], 0
-    for stage.step in range(CONFIG.revive_every - 4, CONFIG.revive_every + 1):
-        rows = order_of(0, ORDER, SLICES, 8 * stage.step, 8)
-        images = data.batch(rows[distributed.share(8)])
-        draw = modules.generator_of(0, CROP, stage.step)
-        corner = random_corner(256, 256, CONFIG.window_px, draw)
-        values, coded = train.vqvae_step(
-            model, optimizer, CONFIG, loss, images, corner, quantize=True
-        )
-        losses.append(values["loss"].item())
-        revived += train.revive_codes(model, *coded, stage).item()
-    extra = {"vqvae.losses": torch.tensor(losses), "revived": torch.tensor(revived)}
-    return moved(before, vqvae=model) | extra
-
-
 def without_files(kind=train.Gan, config: Config = CONFIG) -> train.Gan:
     """Random maps and their code map, as if a run had made them; no networks yet."""
     gan = kind.__new__(kind)
@@ -100,21 +75,45 @@ def without_files(kind=train.Gan, config: Config = CONFIG) -> train.Gan:
     return gan
 
 
-ORIGINAL = PRESETS["classic"] | {"gan_widths": (8, 4), "gan_batch_size": 8, "codes": 64}
-
-
 def original_gan() -> train.OriginalGan:
     """The original recipe with small networks; no networks yet."""
-    config = Config(precision="float32", **ORIGINAL)
+    small = {"gan_widths": (8, 4), "gan_batch_size": 8, "codes": 64}
+    config = Config(precision="float32", **PRESETS["classic"] | small)
     return without_files(train.OriginalGan, config)
 
 
-def penalised(step: int) -> bool:
-    return step % CONFIG.penalty_every == 0
+def stages(run, steps: range):
+    """A stage at each of these steps."""
+    for step in steps:
+        yield SimpleNamespace(run=run, steps=1000, batch_size=8, step=step, nimg=8 * step)
 
 
-def numbers(values: dict, names) -> list[float]:
+def penalised(stage) -> bool:
+    return stage.step % CONFIG.penalty_every == 0
+
+
+def numbers(values: dict, *names: str) -> list[float]:
     return [values[name].item() if name in values else 0.0 for name in names]
+
+
+def vqvae_steps() -> dict:
+    """Five steps, with a revival of five dead codes among them."""
+    run, losses, revived = without_files().run, [], 0
+    model = seeded(0, 0, lambda: modules.make_vqvae(CONFIG))
+    optimizer, loss = SGD(model.parameters(), lr=1e-2), structural_loss(CONFIG)
+    train.start_codebook(model, run.data.train, run)
+    far = torch.full((5, CONFIG.code_dim), 100.0)  # no cell is near
+    model.quantizer.replace(torch.arange(5), far)
+    before = floats(vqvae=model)
+    for stage in stages(run, range(CONFIG.revive_every - 4, CONFIG.revive_every + 1)):
+        images = run.data.train.batch(batch_rows(stage))
+        draw = modules.generator_of(0, CROP, stage.step)
+        corner = random_corner(256, 256, CONFIG.window_px, draw)
+        values, coded = train.vqvae_step(model, optimizer, CONFIG, loss, images, corner, True)
+        losses.append(values["loss"].item())
+        revived += train.revive_codes(model, *coded, stage).item()
+    extra = {"vqvae.losses": torch.tensor(losses), "revived": torch.tensor(revived)}
+    return moved(before, vqvae=model) | extra
 
 
 def decoder_steps() -> dict:
@@ -126,12 +125,10 @@ def decoder_steps() -> dict:
     images = Feed(gan.run.data.train.images, CPU)
     networks = {"decoder": model.decoder, "patches": decoding.D}
     before, loss = floats(**networks), structural_loss(CONFIG)
-    stage = SimpleNamespace(run=gan.run, batch_size=8)
-    for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
-        stage.nimg = 8 * stage.step
+    for stage in stages(gan.run, STEPS):
         batch = decoder_batch(gan, images, stage)
-        values = decoder_step(decoding, CONFIG, loss, *batch, penalised(stage.step))
-        losses.append(numbers(values, DECODER_LOSSES))
+        values = decoder_step(decoding, CONFIG, loss, *batch, penalised(stage))
+        losses.append(numbers(values, "loss", "g_loss", "d_loss", "r1", "r2"))
     return moved(before, **networks) | {"decoder.losses": torch.tensor(losses)}
 
 
@@ -147,12 +144,10 @@ def gan_steps() -> dict:
     gan.D_optimizer = SGD(gan.D.parameters(), lr=1e-3)
     networks, losses = {"G": gan.G, "D": gan.D, "average": gan.average}, []
     before = floats(**networks)
-    stage = SimpleNamespace(run=gan.run, batch_size=8)
-    for stage.step in range(CONFIG.penalty_every - 1, CONFIG.penalty_every + 3):
-        stage.nimg = 8 * stage.step
-        values = train.dcgan_step(gan, *gan.batch(stage), penalised(stage.step))
+    for stage in stages(gan.run, STEPS):
+        values = train.dcgan_step(gan, *gan.batch(stage), penalised(stage))
         update_average(gan.average, gan.G, 0.05 * stage.nimg, 8)
-        losses.append(numbers(values, ("d_loss", "g_loss", "r1", "r2")))
+        losses.append(numbers(values, "d_loss", "g_loss", "r1", "r2"))
     return moved(before, **networks) | {"gan.losses": torch.tensor(losses)}
 
 
@@ -162,11 +157,9 @@ def denoiser_steps() -> dict:
     denoiser = seeded(0, 3, lambda: make_denoiser(CONFIG))
     denoiser.fit(gan.code_map, gan.counts)
     sgd, losses, before = SGD(denoiser.parameters(), lr=1e-2), [], None
-    stage = SimpleNamespace(run=gan.run, batch_size=8)
-    for stage.step in range(6):
+    for stage in stages(gan.run, range(6)):
         if stage.step == 2:
             before = floats(denoiser=denoiser)
-        stage.nimg = 8 * stage.step
         batch, start = denoiser_batch(denoiser, gan, stage)
         losses.append(denoiser_step(denoiser, sgd, CONFIG, *batch, start=start).item())
     return moved(before, denoiser=denoiser) | {"denoiser.losses": torch.tensor(losses)}

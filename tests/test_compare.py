@@ -1,6 +1,7 @@
 """The comparison with other methods: its PixelCNN, its rows, its table."""
 
 import argparse
+import csv
 
 import compare
 import pytest
@@ -106,12 +107,42 @@ def test_the_table_gives_mean_and_sd_of_several_seeds(tmp_path, monkeypatch):
     assert len(lines) == 4 and "| quick | 0 | - | - |" in lines[3]
 
 
+def test_the_plot_shows_each_seed_and_joins_the_means_of_lengths(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
+    rows = [("(real)", "quick", 0, "")]
+    rows += [("ours", "long", 0, 27), ("ours", "quick", 0, 10), ("ours", "quick", 1, 12)]
+    rows += [("ours", "classic, 24 + 120 kimg", 0, 9), ("ours", "quick", 0, 999)]  # not shown
+    rows += [(way, "12 min", 0, 12) for way in compare.PLOTTED[1:]]
+    with open(compare.CSV, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, compare.COLUMNS, restval=1)
+        writer.writeheader()
+        for way, length, seed, minutes in rows:
+            source = "embedded" if minutes == 999 else "oasis"
+            given = {"row": way, "length": length, "seed": seed, "minutes": minutes}
+            writer.writerow(given | {"source": source})
+    means, points = compare.over_time().axes[0].lines[:2]
+    assert means.get_xdata().tolist() == [11, 27]
+    assert sorted(points.get_xdata()) == [10, 12, 27]
+
+
+def test_a_run_of_another_length_than_its_preset_is_named_by_its_lengths():
+    given = argparse.Namespace(minutes=12)
+    for config, name in (
+        (Config(), "quick"),
+        (Config(vqvae_kimg=8.0), "quick, 8 + 8 + 63 + 20 kimg"),
+    ):
+        run = argparse.Namespace(config=config)
+        assert compare.length_of(run, "ours", given) == name
+        assert compare.length_of(run, "transformer", given) == "12 min"
+
+
 def test_whole_rows_of_the_csv_are_skipped_and_half_ones_run_again(
     finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(finished[0])
     monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
     monkeypatch.setattr(compare, "source_of", lambda config: "embedded")
+    monkeypatch.setattr(compare, "length_of", lambda *given: "quick")
     ran = []
     monkeypatch.setattr(
         compare.subprocess,
@@ -121,7 +152,7 @@ def test_whole_rows_of_the_csv_are_skipped_and_half_ones_run_again(
     written(tmp_path / "comparison.csv", [*compare.OURS, "diffusion-10"])
     names = ["ours", "diffusion", "transformer"]
     given = argparse.Namespace(
-        run="out/seed-0", rows=names, table=False, figure=None, lr=1.0, out="", minutes=None
+        run="out/seed-0", rows=names, table=False, plot=None, figure=None, lr=1.0
     )
     compare.main(given)
     assert ran == ["diffusion", "transformer"]

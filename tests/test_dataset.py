@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -46,36 +47,35 @@ def _encoded(image, kind=".png", *flags) -> bytes:
     return cv2.imencode(kind, image, list(flags))[1].tobytes()
 
 
-def course_tree(root: Path, train=6, validate=2, test=2, slices=4) -> Path:
+def course_tree(root: Path, validate=2):
     """The course's PNG set, with its segmentations."""
     case = 0
-    for part, count in (("train", train), ("validate", validate), ("test", test)):
+    for part, count in (("train", 6), ("validate", validate), ("test", 2)):
         for _ in range(count):
             case += 1
-            for k in range(slices):
+            for k in range(4):
                 name = f"{case:03d}_slice_{k}.nii.png"
                 png(root / f"keras_png_slices_{part}" / f"case_{name}", grey(100 * case + k))
                 labels = (grey(k) // 86).astype(np.uint8) * 85
                 png(root / f"keras_png_slices_seg_{part}" / f"seg_{name}", labels)
-    return root
 
 
-def flat_tree(root: Path, people=10, slices=3) -> Path:
+def flat_tree(root: Path, people=10, slices=3, name="sub-{:02d}") -> Path:
     """One folder of PNG slices per subject."""
     for person in range(people):
         for k in range(slices):
-            png(root / f"sub-{person:02d}" / f"z{k}.png", grey(50 * person + k))
+            png(root / name.format(person) / f"z{k}.png", grey(50 * person + k))
     return root
 
 
-def head(shape=(24, 30, 28), seed=0, low=0) -> np.ndarray:
+def head(shape=(24, 30, 28), seed=0) -> np.ndarray:
     """An ellipsoid brain, brighter to the right, the front and the top (X, Y, Z): int16."""
     axes = [np.linspace(-1, 1, n) for n in shape]
     x, y, z = np.meshgrid(*axes, indexing="ij")
     inside = x**2 + y**2 + z**2 < 0.95
     values = 600 + 100 * x + 150 * y + 300 * z
     values += np.random.default_rng(seed).normal(0, 3, shape)
-    return np.where(inside, values, low).astype(np.int16)
+    return np.where(inside, values, 0).astype(np.int16)
 
 
 def voxel_mm(shape) -> int:
@@ -84,6 +84,7 @@ def voxel_mm(shape) -> int:
 
 
 def nifti(path: Path, voxels: np.ndarray, affine=None) -> Path:
+    """Write NIfTI, or the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if affine is None:
         affine = np.diag([*[voxel_mm(voxels.shape)] * 3, 1])
@@ -91,31 +92,15 @@ def nifti(path: Path, voxels: np.ndarray, affine=None) -> Path:
     return path
 
 
-def volume_tree(root: Path) -> Path:
-    """Three subjects, one uncompressed NIfTI volume each."""
-    for person in range(3):
-        nifti(root / f"sub-{person}_T1w.nii", head(seed=person))
-    return root
-
-
-def analyze(path: Path, voxels: np.ndarray, endian=">") -> Path:
+def analyze(path: Path, voxels: np.ndarray) -> Path:
     """Write plain Analyze 7.5, big-endian as in OASIS-1."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = nibabel.AnalyzeHeader(endianness=endian)
+    header = nibabel.AnalyzeHeader(endianness=">")
     header.set_data_dtype(np.int16)
     header.set_data_shape(voxels.shape)
     header.set_zooms([voxel_mm(voxels.shape)] * 3 + [1] * (voxels.ndim - 3))
-    image = nibabel.AnalyzeImage(voxels, None, header)
-    nibabel.AnalyzeImage.to_filename(image, str(path))
+    nibabel.AnalyzeImage(voxels, None, header).to_filename(str(path))
     return path
-
-
-def t88(root: Path, person: int, session=1, n=4, shape=(44, 52, 44)) -> Path:
-    """Write one OASIS-1 session in Talairach space."""
-    scan = f"OAS1_{person:04d}_MR{session}"
-    folder = root / f"disc{person % 2 + 1}" / scan / "PROCESSED" / "MPRAGE" / "T88_111"
-    voxels = head(shape, seed=person)[..., None]
-    return analyze(folder / f"{scan}_mpr_n{n}_anon_111_t88_masked_gfc.hdr", voxels)
 
 
 def config(data, tmp_path: Path, **options) -> Config:
@@ -127,10 +112,10 @@ def opened(tmp_path: Path, name="data", **options) -> Data:
     return open_data(config(tmp_path / name, tmp_path, **options))
 
 
-def failure(call, *arguments, code=Exit.DATA) -> str:
+def failure(call, *arguments, code=Exit.DATA, **options) -> str:
     """Return the message of the UserError that the call must raise."""
     with pytest.raises(UserError) as caught:
-        call(*arguments)
+        call(*arguments, **options)
     assert caught.value.code == code
     return str(caught.value)
 
@@ -154,8 +139,7 @@ def embedded_data(tmp_path_factory):
 
 def test_the_embedded_set_has_the_requested_subjects_and_slices(embedded_data):
     data = embedded_data
-    assert [len(split) for split in splits(data)] == [18, 12, 12]
-    assert data.stamp == ""
+    assert data.stamp == "" and [len(split) for split in splits(data)] == [18, 12, 12]
     assert [len(subjects(split)) for split in splits(data)] == [3, 2, 2]
     assert len(set.union(*map(subjects, splits(data)))) == 7  # disjoint
     assert data.images.shape == (42, 256, 256) and data.images.dtype == np.uint8
@@ -221,20 +205,12 @@ def test_nested_split_folders_without_validation_take_training_subjects(tmp_path
     assert subjects(data.test) == {"case_007", "case_008"}
 
 
-def test_slices_are_in_natural_order(tmp_path):
-    for case in range(3):
-        for k in range(12):
-            png(tmp_path / "data" / f"case_{case}_slice_{k}.png", grey(12 * case + k))
-    split = opened(tmp_path).train
-    first = int(split.subjects[0][-1])
-    for k in (2, 10):
-        assert np.array_equal(split.images[split.rows[k]], grey(12 * first + k))
-        assert split.levels[k] == pytest.approx(k / 11)
-
-
 def test_oasis1_talairach_volumes_are_padded_exactly(tmp_path):
-    for person, n in ((1, 3), (2, 4), (3, 6)):
-        path = t88(tmp_path / "data", person, n=n, shape=(176, 208, 176))
+    for person, session, n in ((1, 1, 3), (1, 2, 3), (2, 1, 4), (3, 1, 6)):
+        scan = f"OAS1_{person:04d}_MR{session}"
+        folder = tmp_path / "data" / f"disc{person % 2 + 1}" / scan / "PROCESSED/MPRAGE/T88_111"
+        voxels = head((176, 208, 176), seed=person)[..., None]
+        path = analyze(folder / f"{scan}_mpr_n{n}_anon_111_t88_masked_gfc.hdr", voxels)
     raw = tmp_path / "data" / "disc1" / "OAS1_0009_MR1" / "RAW" / "OAS1_0009_MR1_mpr-1_anon.hdr"
     analyze(raw, head((12, 16, 16)))
     labels = "FSL_SEG/OAS1_0003_MR1_mpr_n4_anon_111_t88_masked_gfc_fseg.hdr"
@@ -242,48 +218,28 @@ def test_oasis1_talairach_volumes_are_padded_exactly(tmp_path):
     data = opened(tmp_path, slices=8)
     assert data.report["source"].startswith("OASIS-1")
     assert data.report["ignored"] == {"segmentations": 1, "other versions of the scans": 1}
-    assert all(len(split) == 8 for split in splits(data))
+    assert sorted(data.report["slices"].values()) == [8, 8, 16]
+    assert [len(subjects(split)) for split in splits(data)] == [1, 1, 1]  # MR2 is no person
     # The lowest slice with 15 % brain, anterior up, 208 x 176.
     levels = window(head((176, 208, 176), seed=3))
     enough = np.flatnonzero((levels > 12.75).mean(axis=(0, 1)) >= 0.15)
     wanted = np.zeros((256, 256), np.uint8)
     wanted[24:232, 40:216] = levels[:, ::-1, enough[0]].T
-    assert np.array_equal(data.images[16], wanted)
+    assert np.array_equal(data.images[24], wanted)
 
 
-def test_oasis1_sessions_of_one_person_are_one_subject(tmp_path):
-    for person, session in ((1, 1), (1, 2), (2, 1), (3, 1)):
-        t88(tmp_path / "data", person, session)
-    data = opened(tmp_path, slices=2)
-    assert sum(data.report["subjects"].values()) == 3
-    (home,) = (split for split in splits(data) if "OAS1_0001" in split.subjects)
-    assert (home.subjects == "OAS1_0001").sum() == 4
-
-
-def test_oasis1_raw_files_need_axis(tmp_path):
-    for person in range(3):
-        scan = f"OAS1_{person:04d}_MR1"
-        voxels = np.moveaxis(head((24, 30, 28), seed=person), 2, 0)
-        analyze(tmp_path / "data" / scan / "RAW" / f"{scan}_mpr-1_anon.hdr", voxels)
-    assert "--axis" in failure(opened, tmp_path)
-    data = opened(tmp_path, axis=0, slices=28)
-    brightness = [image[image > 0].mean() for image in data.images[:23]]
-    assert np.corrcoef(brightness, np.arange(23))[0, 1] > 0.95
-
-
-@pytest.mark.parametrize("folder", ["sub-{0}/ses-{1}/anat", "{0}_MR_{1}/anat2"])
+@pytest.mark.parametrize("folder", ["sub-{0}/ses-{1}/anat", "{0}_MR_{1}/anat{2}"])
 def test_bids_and_oasis3_give_one_t1w_volume_per_session(tmp_path, folder):
     for person in ("OAS30001", "OAS30002", "OAS30003"):
         for session in ("d0129", "d0757"):
-            stem = f"{folder.format(person, session)}/sub-{person}_ses-{session}"
-            for seed, kind in enumerate(("run-01_T1w", "run-02_T1w", "T2w")):
-                nifti(tmp_path / "data" / f"{stem}_{kind}.nii.gz", head(seed=seed))
+            for run, kind in enumerate(("run-01_T1w", "run-02_T1w", "T2w")):
+                place = tmp_path / "data" / folder.format(person, session, run)
+                nifti(place / f"sub-{person}_ses-{session}_{kind}.nii.gz", head(seed=run))
     data = opened(tmp_path, slices=5)
     assert [len(subjects(split)) for split in splits(data)] == [1, 1, 1]
     assert data.report["slices"] == {"train": 10, "validation": 10, "test": 10}
     assert subjects(data.train) < {"OAS30001", "OAS30002", "OAS30003"}
-    ignored = {"other contrasts": 6, "repeated scans of a session": 6}
-    assert data.report["ignored"] == ignored
+    assert data.report["ignored"] == {"other contrasts": 6, "repeated scans of a session": 6}
 
 
 def test_colour_jpegs_in_class_folders(tmp_path):
@@ -303,12 +259,13 @@ def test_colour_jpegs_in_class_folders(tmp_path):
 @pytest.mark.parametrize("name", ["aligned_norm", "slice_norm"])
 def test_neurite_volumes_and_slices(tmp_path, name):
     whole = name == "aligned_norm"
+    lia = np.array([[-6, 0, 0, 0], [0, 0, 6, 0], [0, -6, 0, 0], [0, 0, 0, 1]])
     for person in range(1, 4):
         folder = tmp_path / "data" / f"OASIS_OAS1_{person:04d}_MR1"
         voxels = head((16, 28, 32)).astype(np.float32) / 1000
         used = voxels if whole else voxels[..., 16:17]
-        nifti(folder / f"{name}.nii.gz", used, 6 * AFFINES["LIA"])
-        nifti(folder / "norm.nii.gz", voxels, 6 * AFFINES["LIA"])
+        nifti(folder / f"{name}.nii.gz", used, lia)
+        nifti(folder / "norm.nii.gz", voxels, lia)
         nifti(folder / "seg35.nii.gz", (voxels * 35).astype(np.int16))
     data = opened(tmp_path, slices=4)
     assert data.report["slices"]["train"] == (4 if whole else 1)
@@ -316,36 +273,7 @@ def test_neurite_volumes_and_slices(tmp_path, name):
     assert data.report["ignored"]["segmentations"] == 3
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "IXI{0:03d}-Guys-T1.nii.gz",  # name of a volume
-        "{0}/T1.nii.gz",  # its folder
-        "a_{0}_z{1}.png",  # start of an image's name
-        "p{0:02d}/{1}.png",  # its folder
-        "class_{1}/p{0:02d}_{1}.png",  # not the class folder
-        "SUB_{0:02d}/x/{1}.png",
-    ],
-)
-def test_subjects_from_file_or_folder_names(tmp_path, pattern):
-    for person in range(5):
-        for k in (1, 2, 3):
-            path = tmp_path / "data" / pattern.format(person, k)
-            if path.suffix == ".png":
-                png(path, grey(person * 3 + k, (40, 40)))
-            else:
-                nifti(path, head(seed=person))
-    assert sum(opened(tmp_path, slices=2).report["subjects"].values()) == 5
-
-
 # --- intensity ----------------------------------------------------------------------------
-
-
-def test_one_window_per_volume_keeps_brightness_by_height(tmp_path):
-    path = nifti(tmp_path / "a.nii", head((64, 80, 70)))
-    stack = read_slices(path, Config(slices=20))
-    brightness = [np.median(image[image > 0]) for image in stack]
-    assert (np.diff(brightness) > 0).all()  # the head is brighter to its top
 
 
 def test_window_uses_finite_voxels_above_zero_only():
@@ -363,14 +291,6 @@ def test_window_uses_finite_voxels_above_zero_only():
 def test_a_constant_volume_is_refused(tmp_path, value):
     path = nifti(tmp_path / "a.nii.gz", np.full((8, 8, 8), value, np.float32))
     assert "volume" in failure(read_slices, path, Config())
-
-
-def test_byte_order_does_not_change_the_slices(tmp_path):
-    stacks = []
-    for i, endian in enumerate("<>"):
-        path = analyze(tmp_path / f"x{i}_t88_masked_gfc.hdr", head(), endian)
-        stacks.append(read_slices(path, Config(slices=3)))
-    assert np.array_equal(*stacks)
 
 
 def test_12_bit_pngs_share_one_scale_and_do_not_turn_black(tmp_path):
@@ -413,20 +333,10 @@ def _with_app1(jpeg: bytes, body: bytes) -> bytes:
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
 
 
-FORMATS = {  # test_damage.py tests every colour type and depth, palettes too
-    "grey": _encoded,
-    "rgb": lambda x: _encoded(cv2.merge([x, x, x])),
-    "rgba": lambda x: _encoded(cv2.merge([x, x, x, np.full_like(x, 255)])),
-    "grey16": lambda x: _encoded(x.astype(np.uint16) * 257),
-    "rgb16": lambda x: _encoded(cv2.merge([x.astype(np.uint16) * 257] * 3)),
-    "png-exif": lambda x: _raw_png(np.rot90(x), 0, _chunk(b"eXIf", _exif(6))),
-}
-
-
-@pytest.mark.parametrize("encode", FORMATS.values(), ids=FORMATS)
-def test_every_png_format_loads_as_the_same_image(encode):
+def test_a_png_is_rotated_as_its_exif_says():
     image = grey(3, (60, 90))
-    assert np.array_equal(read_image(encode(image)), image)
+    blob = _raw_png(np.rot90(image), 0, _chunk(b"eXIf", _exif(6)))
+    assert np.array_equal(read_image(blob), image)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -443,31 +353,32 @@ def test_transparent_pixels_are_black():
 
 # --- geometry -----------------------------------------------------------------------------
 
-AFFINES = {
-    "RAS": np.diag([1, 1, 1, 1.0]),
-    "LAS": np.diag([-1, 1, 1, 1.0]),
-    "LIA": np.array([[-1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1.0]]),
-    "PSR": np.array([[0, 0, 1, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]]),
-}
 
-
-def save_turned(path: Path, image, axes: str):
-    """Save a volume with its axes in another order and direction."""
-    ornt, codes = nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(axes)
-    turn = nibabel.orientations.ornt_transform(ornt, codes)
-    nibabel.save(image.as_reoriented(turn), path)
-    assert "".join(nibabel.aff2axcodes(nibabel.load(path).affine)) == axes
-
-
-@pytest.mark.parametrize("axes", AFFINES)
-def test_any_axis_order_gives_the_same_axial_slices(tmp_path, axes):
-    save_turned(tmp_path / "a.nii.gz", nibabel.Nifti1Image(head((40, 50, 44)), np.eye(4)), axes)
-    image = read_slices(tmp_path / "a.nii.gz", Config(slices=6))[3].astype(float)
-    rows, columns = np.nonzero(image)
-    assert np.ptp(rows) > np.ptp(columns)  # 50 mm from front to back, 40 from side to side
-    values = image[rows, columns]
+@pytest.mark.parametrize("axes", ["RAS", "LAS", "LIA", "PSR"])
+def test_any_axis_order_gives_the_same_axial_slices_of_1_mm_a_pixel(tmp_path, axes):
+    image = nibabel.Nifti1Image(head((100, 40, 30)), np.diag([1.0, 4.0, 2.0, 1.0]))
+    codes = nibabel.orientations.axcodes2ornt(axes)
+    turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(image.affine), codes)
+    turned = image.as_reoriented(turn)
+    assert "".join(nibabel.aff2axcodes(turned.affine)) == axes
+    nibabel.save(image, tmp_path / "straight.nii")
+    nibabel.save(turned, tmp_path / "turned.nii.gz")
+    stack = read_slices(tmp_path / "straight.nii", Config(slices=5))
+    assert np.array_equal(read_slices(tmp_path / "turned.nii.gz", Config(slices=5)), stack)
+    assert stack[2].any(axis=0).sum() == pytest.approx(98, abs=4)
+    assert stack[2].any(axis=1).sum() == pytest.approx(160, abs=8)
+    rows, columns = np.nonzero(stack[2])
+    values = stack[2][rows, columns]
     assert np.corrcoef(values, rows)[0, 1] < -0.5  # brighter to the front, which is up
     assert np.corrcoef(values, columns)[0, 1] < -0.3  # and to the right, which is on the left
+
+
+@pytest.mark.parametrize("name", ["anatomical.nii", "reoriented_anat_moved.nii"])
+def test_real_heads_are_read(name):
+    path = Path(nibabel.__file__).parent / "tests" / "data" / name
+    if not path.exists():
+        pytest.skip("nibabel without its test data")
+    assert read_slices(path, Config()).std() > 5
 
 
 def test_only_trailing_axes_of_length_one_are_dropped(tmp_path):
@@ -479,19 +390,6 @@ def test_only_trailing_axes_of_length_one_are_dropped(tmp_path):
     coronal = read(head()[:, 15:16])
     assert coronal.shape == (1, 256, 256) and coronal[0].any(axis=1).sum() > 20
     assert len(read(head()[:, :, 14])) == 1
-
-
-def test_one_pixel_is_one_millimetre_for_any_axis_order(tmp_path):
-    image = nibabel.Nifti1Image(head((100, 40, 30)), np.diag([1.0, 4.0, 2.0, 1.0]))
-    nibabel.save(image, tmp_path / "straight.nii")
-    save_turned(tmp_path / "turned.nii", image, "PSR")
-    one, two = (
-        read_slices(tmp_path / f"{name}.nii", Config(slices=5))
-        for name in ("straight", "turned")
-    )
-    assert one[2].any(axis=0).sum() == pytest.approx(98, abs=4)
-    assert one[2].any(axis=1).sum() == pytest.approx(160, abs=8)
-    assert np.array_equal(one, two)
 
 
 def test_letterbox_pads_exactly_and_keeps_proportions():
@@ -519,13 +417,6 @@ def test_letterbox_takes_any_shape(height, width, tall_mm, wide_mm):
     assert frame.shape == (256, 256) and (frame == 255).sum() == tall * wide
 
 
-def test_images_may_differ_in_size(tmp_path):
-    for person in range(3):
-        png(tmp_path / "data" / f"sub-{person}" / "z1.png", grey(1, (208, 176)))
-        png(tmp_path / "data" / f"sub-{person}" / "z2.png", grey(2, (300, 310)))
-    assert len(opened(tmp_path).images) == 6
-
-
 def test_volume_slices_cover_the_brain_evenly(tmp_path):
     voxels = np.zeros((20, 20, 60), np.float32)
     voxels[5:15, 5:15, 10:51] = np.arange(1, 61)[10:51]  # 25 % brain at heights 10 to 50
@@ -540,30 +431,7 @@ def test_volume_slices_cover_the_brain_evenly(tmp_path):
 
 # --- damage -------------------------------------------------------------------------------
 
-
-def _flip(blob: bytes, at: int) -> bytes:
-    return blob[:at] + bytes([blob[at] ^ 0x10]) + blob[at + 1 :]
-
-
 PNG, JPEG = _encoded(grey(1)), _encoded(grey(1), ".jpg")
-DAMAGE = {  # bytes, and the expected reason (some decoders accept these files)
-    "empty": (b"", "empty"),
-    "text": (b"not an image at all", "neither PNG nor JPEG"),
-    "truncated PNG": (PNG[: len(PNG) // 2], "truncated PNG"),
-    "PNG without its end": (PNG[:-12], "truncated PNG"),
-    "PNG, flipped byte": (_flip(PNG, len(PNG) // 2), "checksum"),
-    "PNG, signature only": (PNG[:8], "truncated PNG"),
-    "truncated JPEG": (JPEG[: len(JPEG) // 2], "truncated JPEG"),
-    "JPEG without its end": (JPEG[:-2], "truncated JPEG"),
-    "JPEG, two bytes": (JPEG[:2], "truncated JPEG"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_images_are_refused(kind):
-    blob, reason = DAMAGE[kind]
-    with pytest.raises(decoding.Unreadable, match=reason):
-        read_image(blob)
 
 
 def test_the_end_of_a_thumbnail_is_not_the_end_of_the_jpeg():
@@ -571,31 +439,6 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_jpeg():
     assert read_image(nested).shape == (256, 256)
     with pytest.raises(decoding.Unreadable, match="truncated JPEG"):
         read_image(nested[:-2000])
-
-
-@given(st.binary(max_size=200), st.sampled_from([b"", PNG[:8], PNG[:33], JPEG[:2], JPEG[:200]]))
-@settings(max_examples=150, deadline=None)
-def test_random_bytes_are_unreadable_and_crash_nothing(garbage, start):
-    with pytest.raises(decoding.Unreadable):
-        read_image(start + garbage)
-
-
-def test_a_huge_claimed_size_is_refused_at_once(tmp_path):
-    ihdr = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
-    huge_png = PNG[:8] + _chunk(b"IHDR", ihdr) + PNG[33:]
-    jpeg = bytearray(JPEG)
-    at = jpeg.find(b"\xff\xc0")
-    jpeg[at + 5 : at + 9] = struct.pack(">HH", 60000, 60000)
-    path = nifti(tmp_path / "a.nii", head())
-    volume = bytearray(path.read_bytes())
-    volume[40:48] = struct.pack("<4h", 3, 30000, 30000, 30000)
-    path.write_bytes(volume)
-    start = time.perf_counter()
-    for picture in (huge_png, bytes(jpeg)):
-        with pytest.raises(decoding.Unreadable, match="60000 x 60000"):
-            read_image(picture)
-    assert "30000" in failure(read_slices, path, Config())
-    assert time.perf_counter() - start < 1
 
 
 def test_a_flipped_byte_in_a_gzip_is_found(tmp_path):
@@ -625,24 +468,17 @@ def test_up_to_one_percent_of_files_is_skipped_and_listed(tmp_path, capsys):
     for person in range(40):
         for k in range(10):
             png(tree / f"case_{person:03d}_slice_{k}.png", grey(10 * person + k, (48, 48)))
-    bad = {
-        "case_000_slice_3.png": PNG[:500],
-        "case_001_slice_0.png": b"",
-        "case_002_slice_1.png": b"text",
-    }
-    for name, blob in bad.items():
+    bad = "case_000_slice_3.png", "case_001_slice_0.png", "case_002_slice_1.png"
+    for name, blob in zip(bad, (PNG[:500], b"", b"text"), strict=True):
         (tree / name).write_bytes(blob)
-    (tree / "._case_003_slice_1.png").write_bytes(b"\0\5\x16\7")
-    (tree / "notes.txt").write_text("hello")
     data = opened(tmp_path)
     assert {s["file"] for s in data.report["skipped"]} == set(bad)
     assert sum(data.report["slices"].values()) == len(data.images) == 397
-    assert data.report["ignored"] == {"system files": 1, ".txt files": 1}
     # Rows after a skipped file still belong to their subject.
     (home,) = (split for split in splits(data) if "case_010" in split.subjects)
     row = home.rows[home.subjects.tolist().index("case_010")]
     assert np.array_equal(data.images[row], letterbox(grey(100, (48, 48))))
-    message = failure(open_data, config(tree, tmp_path, strict=True))
+    message = failure(opened, tmp_path, strict=True)
     assert "3 of 400" in message and "--strict" in message
     for name in ("case_004_slice_3.png", "case_005_slice_3.png"):
         (tree / name).write_bytes(b"")
@@ -658,11 +494,9 @@ def test_errors_about_the_data_path_name_the_accepted_layouts(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.dcm").write_bytes(b"x")
     (tmp_path / "file.png").write_bytes(PNG)
-    course_tree(tmp_path / "course")
-    segmentations = "course/keras_png_slices_seg_train"
     missing = failure(opened, tmp_path, "missing")
     assert str(tmp_path / "missing") in missing and "NIfTI" not in missing
-    for name in ("empty", "other", "file.png", segmentations):
+    for name in ("empty", "other", "file.png"):
         message = failure(opened, tmp_path, name)
         assert "NIfTI" in message and "OAS1" in message and str(tmp_path / name) in message
     assert "1 DICOM (dcm2niix" in failure(opened, tmp_path, "other")
@@ -678,27 +512,6 @@ def test_segmentations_named_like_images_are_refused(tmp_path):
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_system_files_and_segmentations_are_skipped_and_counted(tmp_path):
-    tree = flat_tree(tmp_path / "data", people=4)
-    png(tree / "__MACOSX" / "sub-00" / "z0.png", grey(0))
-    png(tree / "sub-00" / "._z0.png", grey(0))
-    (tree / "Thumbs.db").write_bytes(b"x")
-    for name in ("z0_mask.png", "labels/z0.png", "z0-seg.png", "brainmask.png", "z0_dseg.png"):
-        png(tree / "sub-00" / name, grey(0))
-    png(tree / "sub-00" / "z9_masked.png", grey(0))  # a masked brain is a brain
-    data = opened(tmp_path)
-    assert len(data.images) == 13
-    assert data.report["ignored"] == {"system files": 3, "segmentations": 5}
-
-
-def test_what_predict_writes_beside_its_slices_is_left_out(tmp_path):
-    tree = flat_tree(tmp_path / "data", people=3)
-    png(tree / "sub-00" / "grid.png", grey(0))
-    nifti(tree / "sub-00" / "volume.nii.gz", head())
-    data = opened(tmp_path)
-    assert len(data.images) == 9 and data.report["ignored"] == {"contact sheets": 2}
-
-
 def test_loops_of_symbolic_links_end(tmp_path):
     tree = flat_tree(tmp_path / "data", people=3)
     (tree / "sub-00" / "up").symlink_to(tree)
@@ -709,11 +522,6 @@ def test_loops_of_symbolic_links_end(tmp_path):
     (tree / "sub-01" / "me.png").unlink()
     (tree / "sub-02" / "z7.png").unlink()
     assert len(opened(tmp_path).images) == 9
-
-
-def test_paths_with_spaces_and_non_ascii_letters(tmp_path):
-    flat_tree(tmp_path / "Gehirn ä 脑" / "d d", people=3)
-    assert len(opened(tmp_path, "Gehirn ä 脑/d d").images) == 9
 
 
 def test_names_that_are_not_utf8_become_printable(tmp_path):
@@ -732,7 +540,6 @@ def test_one_folder_per_subject_splits_the_same_for_every_seed_of_the_run(tmp_pa
     flat_tree(tmp_path / "data")
     one, two = (opened(tmp_path, seed=seed) for seed in (0, 7))
     assert sum(one.report["subjects"].values()) == 10 and len(one.images) == 30
-    assert all(len(subjects(split)) >= 2 for split in (one.validation, one.test))
     assert subjects(one.test) == subjects(two.test) and one.fingerprint == two.fingerprint
 
 
@@ -745,15 +552,15 @@ def test_a_subject_in_two_split_folders_stops_the_run(tmp_path, subject):
     assert f"{subject} (test and train)" in failure(opened, tmp_path)
 
 
-def test_unknown_subjects_are_refused_unless_allowed(tmp_path):
-    for k in range(30):
+def test_unknown_subjects_are_refused_unless_allowed(tmp_path, capsys):
+    for k in range(70):
         png(tmp_path / "data" / f"img_{k}.png", grey(k, (40, 40)))
     message = failure(opened, tmp_path)
     assert "--subject-pattern" in message and "--allow-slice-split" in message
     data = opened(tmp_path, allow_slice_split=True)
     assert "split by slice" in data.stamp and "do not publish" in data.stamp
-    assert sum(data.report["slices"].values()) == 30
-    assert np.isnan(data.train.levels).all()
+    assert sum(data.report["slices"].values()) == 70
+    assert np.isnan(data.train.levels).all() and "no slice levels" in capsys.readouterr().out
     flat_tree(tmp_path / "named", people=3)  # subjects are known, so the flag has no effect
     assert "split by slice" not in opened(tmp_path, "named", allow_slice_split=True).stamp
 
@@ -763,12 +570,13 @@ def test_subject_pattern(tmp_path):
         png(tmp_path / "data" / f"img_{k // 3:02d}x{k}.png", grey(k, (40, 40)))
     data = opened(tmp_path, subject_pattern=r"img_(\d+)x")
     assert sum(data.report["subjects"].values()) == 10
-    for pattern, code in (("img_[", Exit.USAGE), ("img_", Exit.USAGE), ("q(.)", Exit.DATA)):
-        bad = config(tmp_path / "data", tmp_path, subject_pattern=pattern)
-        assert "--subject-pattern" in failure(open_data, bad, code=code)
+    for wrong, code in (("img_[", Exit.USAGE), ("img_", Exit.USAGE), ("q(.)", Exit.DATA)):
+        assert "--subject-pattern" in failure(
+            opened, tmp_path, subject_pattern=wrong, code=code
+        )
     png(tmp_path / "data" / "logo.png", grey(0, (40, 40)))
-    options = {"subject_pattern": r"img_(\d+)x", "allow_slice_split": True}
-    assert "logo.png" in failure(open_data, config(tmp_path / "data", tmp_path, **options))
+    message = failure(opened, tmp_path, subject_pattern=r"img_(\d+)x", allow_slice_split=True)
+    assert "logo.png" in message
 
 
 def test_fewer_than_three_subjects_are_refused(tmp_path):
@@ -813,51 +621,32 @@ def test_files_are_decoded_once_and_a_copy_is_the_same_data(tmp_path, monkeypatc
         again = opened(tmp_path, name)
         assert again.fingerprint == first.fingerprint
         assert np.array_equal(again.images, first.images)
-    assert len(calls) == 9
-    assert isinstance(first.images, np.memmap)
+    assert len(calls) == 9 and isinstance(first.images, np.memmap)
     assert not [p for p in tmp_path.rglob("*") if "tmp" in p.name]
     monkeypatch.setattr(cache, "_survey", None)  # an unchanged source is not even read again
     assert opened(tmp_path).fingerprint == first.fingerprint
 
 
-def test_an_edit_of_the_same_size_is_noticed(tmp_path):
-    path = volume_tree(tmp_path / "data") / "sub-1_T1w.nii"
-    before, size = opened(tmp_path, slices=3), path.stat().st_size
+def test_an_edit_of_the_same_size_and_other_settings_make_a_new_cache(tmp_path):
+    for person in range(3):
+        path = nifti(tmp_path / "data" / f"sub-{person}_T1w.nii", head(seed=person))
+    before, four = (opened(tmp_path, slices=n) for n in (3, 4))
+    assert before.fingerprint != four.fingerprint and len(four.images) == 12
+    size = path.stat().st_size
     os.utime(nifti(path, head(seed=9)), (1, 1))  # independent of the clock's resolution
     assert path.stat().st_size == size
     after = opened(tmp_path, slices=3)
     assert after.fingerprint != before.fingerprint
-    assert np.array_equal(after.images[3:6], read_slices(path, Config(slices=3)))
+    assert np.array_equal(after.images[6:], read_slices(path, Config(slices=3)))
     assert not np.array_equal(after.images, before.images)
-
-
-def test_settings_are_part_of_the_fingerprint(tmp_path):
-    volume_tree(tmp_path / "data")
-    three, four = (opened(tmp_path, slices=n) for n in (3, 4))
-    assert three.fingerprint != four.fingerprint and len(four.images) == 12
-
-
-def test_the_cache_of_other_data_is_made_again(tmp_path, capsys):
-    ours, theirs = (flat_tree(tmp_path / name, 3) for name in ("ours", "theirs"))
-    png(theirs / "sub-00" / "z0.png", grey(77))
-    mine, other = (open_data(config(tree, tmp_path)) for tree in (ours, theirs))
-    wanted, folder = np.array(mine.images), tmp_path / "cache"
-    for suffix in (".npy", ".json"):
-        shutil.copy(folder / (other.fingerprint + suffix), folder / (mine.fingerprint + suffix))
-    assert np.array_equal(opened(tmp_path, "ours").images, wanted)
-    assert "making it again" in capsys.readouterr().err
-
-
-def _save_zip(path: Path):
-    with open(path, "wb") as file:
-        np.savez(file, np.zeros((9, 256, 256), np.uint8))
 
 
 HARM = {
     "truncated": lambda npy, meta: os.truncate(npy, npy.stat().st_size - 1000),
     "foreign": lambda npy, meta: np.save(npy, np.zeros((9, 8), np.float32)),
     "pickle": lambda npy, meta: np.save(npy, np.array([{}], object)),
-    "zip": lambda npy, meta: _save_zip(npy),
+    "zip": lambda npy, meta: zipfile.ZipFile(npy, "w").close(),
+    "other data": lambda npy, meta: meta.write_text(meta.read_text().replace(npy.stem, "x")),
     "no json": lambda npy, meta: meta.unlink(),
     "bad json": lambda npy, meta: meta.write_text("{"),
     "list": lambda npy, meta: meta.write_text("[1]"),
@@ -877,8 +666,7 @@ def test_a_damaged_cache_is_made_again_with_a_warning(tmp_path, harm, capsys):
 def test_the_cache_never_goes_into_the_data_folder(tmp_path):
     tree = flat_tree(tmp_path / "data", people=3)
     before = sorted(tree.rglob("*"))
-    inside = Config(data=str(tree), cache=str(tree / "cache"))
-    assert "--cache" in failure(open_data, inside)
+    assert "--cache" in failure(open_data, config(tree, tree))
     opened(tmp_path)
     assert sorted(tree.rglob("*")) == before
 
@@ -886,17 +674,16 @@ def test_the_cache_never_goes_into_the_data_folder(tmp_path):
 def test_an_unwritable_cache_is_exit_7(tmp_path):
     tree = flat_tree(tmp_path / "data", people=3)
     (tmp_path / "file").write_text("")
-    blocked = Config(data=str(tree), cache=str(tmp_path / "file" / "cache"))
-    assert "--cache" in failure(open_data, blocked, code=Exit.WRITE)
+    assert "--cache" in failure(open_data, config(tree, tmp_path / "file"), code=Exit.WRITE)
 
 
 def test_a_full_disk_is_exit_7_and_leaves_no_files(tmp_path):
     resource = pytest.importorskip("resource")
-    tree = flat_tree(tmp_path / "data", people=3)
+    flat_tree(tmp_path / "data", people=3)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        message = failure(open_data, config(tree, tmp_path), code=Exit.WRITE)
+        message = failure(opened, tmp_path, code=Exit.WRITE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cache" in message and not list((tmp_path / "cache").iterdir())
@@ -917,36 +704,3 @@ def test_stale_temporary_files_are_deleted_and_those_of_other_runs_are_not(tmp_p
     flat_tree(tmp_path / "data", people=3)
     opened(tmp_path)
     assert [p.name for p in folder.glob(".*.tmp*")] == [".b.npy.tmp2"]
-
-
-# --- real files ---------------------------------------------------------------------------
-
-
-def test_a_real_brain_as_a_bids_tree(tmp_path):
-    for person in range(3):
-        path = tmp_path / "data" / f"sub-{person}" / "anat" / f"sub-{person}_T1w.nii.gz"
-        path.parent.mkdir(parents=True)
-        shutil.copy(embedded._template_path("t1"), path)
-    data = opened(tmp_path)
-    assert data.report["slices"] == {"train": 32, "validation": 32, "test": 32}
-    middle = data.images[16] > 0
-    assert middle.any(axis=1).sum() > 1.1 * middle.any(axis=0).sum()  # front to back is longer
-
-
-@pytest.mark.parametrize(
-    ("name", "accepted"),
-    [
-        ("anatomical.nii", True),
-        ("reoriented_anat_moved.nii", True),
-        ("functional.nii", False),
-        ("example4d.nii.gz", False),
-    ],
-)
-def test_the_test_volumes_of_nibabel(name, accepted):
-    path = Path(nibabel.__file__).parent / "tests" / "data" / name
-    if not path.exists():
-        pytest.skip("nibabel without its test data")
-    if accepted:
-        assert read_slices(path, Config()).std() > 5
-    else:
-        assert "series" in failure(read_slices, path, Config())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import ROOT, SMALL
 
 from config import Config
 from loading import embedded
@@ -17,12 +19,10 @@ from loading.decoding import SIDE
 from loading.sources import stable_hash
 from support.files import write_npy_header
 
-ROOT = Path(__file__).parent.parent
 # Of the smaller set, 32 slices each: enough that every score uses as many slices in both.
 SUBJECTS, TIMES = (40, 8, 8), 10
 OPTIONS = [
-    "--codes", "16", "--widths", "4", "4", "4", "4", "--batch-size", "8", "--vqvae-kimg", "0.4",
-    "--gan-widths", "8", "8", "--gan-batch-size", "8", "--gan-kimg", "0.2",
+    *SMALL, "--gan-widths", "8", "8", "--vqvae-kimg", "0.4", "--gan-kimg", "0.2",
     "--decoder-kimg", "0.2", "--denoiser-kimg", "0.2", "--samples", "64",
 ]  # fmt: skip
 # Runs the driver. Freed memory goes back to the kernel at once: holes in the heap would differ.
@@ -60,18 +60,14 @@ def sparse_cache(folder: Path, subjects: tuple[int, int, int]):
 def peak_anonymous_mb(folder: Path, subjects: tuple[int, int, int]) -> float:
     """Largest RssAnon of a `driver.py` from start to end: mapped pages are not in it."""
     sparse_cache(folder, subjects)
-    command = [sys.executable, "-c", DRIVER, "--cache", str(folder), *OPTIONS]
-    command += ["--subjects", *map(str, subjects), "--out", str(folder / "out")]
-    peak = 0
+    command = [sys.executable, "-c", DRIVER, *OPTIONS, "--cache", folder]
+    command += ["--out", folder / "out", "--subjects", *map(str, subjects)]
+    env, peak = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}, 0
     with open(folder / "log", "wb") as log:
-        settings = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, env={**os.environ, **settings}
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | env)
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
-            lines = [line.split() for line in status.splitlines()]
-            peak = max([peak, *(int(line[1]) for line in lines if line[0] == "RssAnon:")])
+            peak = max([peak, *map(int, re.findall(r"^RssAnon:\s+(\d+)", status, re.M))])
             time.sleep(0.01)
     assert process.returncode == 0, (folder / "log").read_text()
     return peak / 1024

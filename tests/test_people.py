@@ -60,13 +60,10 @@ PERSONS = {  # names, number of persons, one of them
     "one person's repeats, no separator": (grid("S0{}R{}.nii.gz"), 8, "S00"),
     "BraTS 2020": (grid("B/BraTS20_Training_00{0}/BraTS20_Training_00{0}_{1}.nii.gz",
                         ("t1", "t2", "flair")), 8, "Training_000"),
-    "BraTS 2021": (grid("BraTS2021_0000{0}/BraTS2021_0000{0}_{1}.nii.gz", ("t1", "t2")), 8,
-                   "00000"),
+    "BraTS 2021": (grid("BraTS2021_0000{0}/BraTS2021_0000{0}_t{1}.nii.gz", "12"), 8, "00000"),
     "HCP": (grid("10030{0}/unprocessed/3T/T1w_MPR1/10030{0}_3T_T1w_MPR1.nii.gz", "x"), 8,
             "100300"),
     "ABIDE": (grid("NYU_005100{}/session_{}/anat_1/mprage.nii.gz"), 8, "NYU_0051000"),
-    "OASIS-3": (grid("OAS3900{0}_MR_d0129/anat{1}/sub-OAS3900{0}_run-0{1}_T1w.nii.gz"), 8,
-                "OAS39000"),
     "BIDS": (grid("sub-0{0}/ses-{1}/anat/sub-0{0}_ses-{1}_T1w.nii.gz"), 8, "sub-00"),
     "one BIDS tree for each person": (grid("7{}/sub-01/ses-{}/x.nii"), 8, "70"),
     "visits above persons": (grid("time{1}/p0{0}/x.nii"), 8, "p00"),
@@ -77,13 +74,16 @@ PERSONS = {  # names, number of persons, one of them
     "case numbers of visits, all different": (
         [f"P000{p}/case_{3 * p + v}/x.nii" for p in EIGHT for v in VISITS], 8, "P0000"),
     "FreeSurfer": (grid("subj{}_tp{}/mri/norm.mgz"), 8, "subj0"),
-    "FreeSurfer, names": ([f"{name}/mri/norm.mgz" for name in ("bert", "ernie", "al")], 3,
-                          "bert"),
+    "FreeSurfer, names": ([f"{p}/mri/norm.mgz" for p in ("bert", "ernie", "al")], 3, "bert"),
+    "one digit a folder": (grid("{}/T1.nii.gz", "x"), 8, "0"),
+    "classes above persons": (grid("class_{1}/p0{0}_{1}.png"), 8, "p00"),
     "classes above names": (["AD/al/x.nii", "AD/bo/x.nii", "NC/cy/x.nii"], 3, "al"),
     "course, PNG": (course("{}.nii.png"), 12, "case_000"),
     "course, NIfTI": (course("{}.nii.gz"), 12, "case_000"),
     "course, a folder each": (course("{0}.nii/{0}.nii"), 12, "case_000"),
     "slices of folders": (grid("p0{}/{}.png", range(32)), 8, "p00"),
+    "slices below words": (grid("SUB_0{}/x/{}.png"), 8, "SUB_00"),
+    "slices behind letters": (grid("a_{}_z{}.png"), 8, "a_0"),
     "slices of many numbered persons": (
         [f"{100 + p}_{k}.png" for p in range(40) for k in range(32)], 40, "100"),
     "IXI": (grid("IXI00{}-Guys-0828-T1.nii.gz", "x"), 8, "IXI000"),
@@ -156,19 +156,12 @@ def test_one_path_without_a_number_among_known_ones_is_named():
 UNKNOWN = {
     "numbered images": [f"img{k:03d}.png" for k in range(30)],
     "images of random names": [f"Mild/{k:02x}e{k * 7 % 60}c-2f.jpg" for k in range(60)],
-    "images of classes, one odd": [
-        *(f"Tr-gl_{k:04d}.jpg" for k in range(60)),
-        "Tr-gl_0010 (1).jpg",
-    ],
+    "classes, one odd": [*(f"Tr-gl_{k:04d}.jpg" for k in range(60)), "Tr-gl_0010 (1).jpg"],
     "sizes in the name": [f"{k:04d}_512.jpg" for k in range(320)],
-    "visits of names": [
-        f"{a}_visit{v}.nii" for a in ("alice", "bob", "eve", "al") for v in VISITS
-    ],
+    "visits": [f"{a}_visit{v}.nii" for a in ("alice", "bob", "eve", "al") for v in VISITS],
     "images of a class": [f"Training/glioma/Te-gl_{k:04d}.jpg" for k in range(30)],
     "two volumes a name": [f"{a}/T1_{k}.nii" for a in ("alice", "bob", "eve") for k in (1, 2)],
-    "visits below names": [
-        f"{a}/{v}/x.nii" for a in ("al", "bo", "cy") for v in ("pre", "post")
-    ],
+    "visit folders": [f"{a}/{v}/x.nii" for a in ("al", "bo", "cy") for v in ("pre", "post")],
 }
 
 

@@ -7,25 +7,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, script
+from test_dataset import failure
 from test_faults import ending
+from test_train import differing, final_state
 
 import train
-from config import Config, Exit, UserError
+from config import Config, Exit
 from support import distributed
 from support.checkpoints import load_checkpoint
 from support.files import Log, read_json
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-
 
 def torchrun(count, name, *arguments, cwd):
     """Start several processes as a user does; the caller waits for them."""
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)
     return subprocess.Popen(
-        [*LAUNCH, str(count), str(ROOT / name), *map(str, arguments)],
+        [sys.executable, *launch, str(ROOT / name), *map(str, arguments)],
         cwd=cwd, text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -109,36 +112,19 @@ def test_two_processes_continue_bit_for_bit(together, slices, tmp_path):
     """SIGTERM as a cluster sends it, in two stages; then the same command once more."""
     options = ["--stage", "all", "--data", slices, "--out", "out", *SMALL]
     log = tmp_path / "out" / "seed-0" / "log.csv"
-    stopped = 0
     for rows in (3, 23):
         process = torchrun(2, "train.py", *options, cwd=tmp_path)
         wait_for(log, rows, process)
         process.send_signal(signal.SIGTERM)
         code, _, err = finish(process)
-        assert code != 0
-        stopped += "stopped by SIGTERM. To continue: the same torchrun command" in err
-    assert stopped == 2
+        assert code != 0 and "stopped by SIGTERM. To continue: the same torchrun command" in err
     code, out, err = finish(torchrun(2, "train.py", *options, cwd=tmp_path))
     assert code == 0 and "resuming at" in out, err
-    stages = ("vqvae", "decoder", "dcgan", "denoiser")
-    for name in [f"{stage}_{which}.pt" for stage in stages for which in ("last", "best")]:
-        mine, whole = (
-            torch.load(folder / "out" / "seed-0" / name, weights_only=True)
-            for folder in (tmp_path, together[0])
-        )
-        assert same(without_times(mine), without_times(whole)), name
-
-
-def without_times(values: dict) -> dict:
-    return {k: v for k, v in values.items() if k not in ("seconds", "row_seconds")}
-
-
-def same(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    mine, whole = (
+        SimpleNamespace(path=(folder / "out/seed-0").joinpath)
+        for folder in (tmp_path, together[0])
+    )
+    assert differing(final_state(mine), final_state(whole)) == []
 
 
 @pytest.mark.slow
@@ -148,7 +134,9 @@ def test_a_killed_process_ends_the_others_and_checkpoints_are_intact(slices, tmp
     seed = tmp_path / "out" / "seed-0"
     process = torchrun(2, "train.py", *flags, cwd=tmp_path)
     wait_for(seed / "log.csv", 12, process)  # 10 rows of the VQ-VAE
-    pids = workers(process.pid)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    pids = sorted(map(int, children.split()))
+    assert len(pids) == 2
     os.kill(pids[1], signal.SIGKILL)
     code, _, err = finish(process, timeout=60)
     # The other one ends by itself, unless torchrun is faster and sends it SIGTERM.
@@ -158,37 +146,15 @@ def test_a_killed_process_ends_the_others_and_checkpoints_are_intact(slices, tmp
     assert load_checkpoint(seed / "vqvae_last.pt")["nimg"] == 80
 
 
-def workers(parent: int) -> list[int]:
-    """The ids of the processes that torchrun started, in rank order."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1]) != parent:
-                continue
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except (OSError, IndexError):
-            continue  # it has ended
-        ranks = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
-        if ranks:
-            found[ranks[0]] = int(folder.name)
-    return [found[rank] for rank in sorted(found)]
-
-
 def test_a_batch_that_does_not_divide_evenly_is_exit_2(monkeypatch):
     monkeypatch.setattr(distributed, "count", lambda: 3)
-    with pytest.raises(UserError, match="--batch-size 8 does not divide evenly") as problem:
-        train.check_shares(Config(batch_size=8))
-    assert problem.value.code == Exit.USAGE
+    message = failure(train.check_shares, Config(batch_size=8), code=Exit.USAGE)
+    assert "--batch-size 8 does not divide evenly" in message
 
 
 def test_a_process_that_others_left_is_exit_143(monkeypatch):
-    def left(_):
-        raise RuntimeError("Connection closed by peer\nstack")
-
+    left = mock.Mock(side_effect=RuntimeError("Connection closed by peer\nstack"))
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", left)
-    with pytest.raises(
-        UserError, match=r"continues\. Cause: Connection closed by peer$"
-    ) as problem:
-        distributed.sum_(torch.ones(1))
-    assert problem.value.code == Exit.TERMINATED
+    message = failure(distributed.sum_, torch.ones(1), code=Exit.TERMINATED)
+    assert message.endswith("continues. Cause: Connection closed by peer")

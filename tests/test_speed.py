@@ -89,22 +89,11 @@ def test_the_plain_dcgan_step_has_the_same_losses_and_moves_weights_alike(here, 
 
 
 def test_plain_ssim_and_detail_agree(here):
-    x, y = speed.ssim_pair(here)
+    x = here.slices(32)
+    y = (x + 0.05 * torch.randn(x.shape)).clamp(0, 1)
     torch.testing.assert_close(plain.ssim(x, y), metrics.ssim(x, y), rtol=0, atol=1e-5)
     ours = metrics.detail_strength(x)
     torch.testing.assert_close(plain.detail(x), ours, rtol=1e-4, atol=1e-6)
-
-
-def test_the_librarys_search_finds_the_same_codes(here):
-    pytest.importorskip("vector_quantize_pytorch")
-    found = []
-    for make in (speed.search_here, speed.search_vqp):
-        work, items = make(here)
-        assert items == 32_768
-        found.append(work())
-    ours, theirs = found[0], found[1][0].flatten(0, 1)
-    # Two codes may be equally near, up to rounding.
-    assert ((ours - theirs).abs().amax(1) < 1e-5).float().mean() > 0.9999
 
 
 @pytest.mark.slow
@@ -113,11 +102,9 @@ def test_generation_gives_as_many_slices_as_are_counted(here, monkeypatch):
     monkeypatch.setattr(
         VQVAE, "decode", lambda self, maps: drawn.append(decode(self, maps)) or drawn[-1]
     )
-    for side in (speed.generate_here, speed.generate_here_alone):
-        drawn.clear()
-        work, items = side(here)
-        work()
-        assert torch.cat(drawn).shape == (items, 1, 256, 256)
+    work, items = speed.generate_here(here)
+    work()
+    assert torch.cat(drawn).shape == (items, 1, 256, 256)
 
 
 def test_each_side_of_the_table_exists_and_has_a_label():
@@ -141,22 +128,18 @@ def test_a_turn_gives_seconds_per_item(monkeypatch):
 
 def measured() -> dict:
     """Results in which another side took 1 s an item, and this project's side 0.1 s."""
-
-    def turns(side: str) -> list[float]:
-        return [9.0, 0.1 if "_here" in side else 1.0, 0.01]
-
-    groups = {g: {side: turns(side) for side in speed.sides_of(g)} for g in speed.GROUPS}
-    return {"groups": groups, "machine": "one, 2 cores"}
+    sides = [side for group in speed.GROUPS for side in speed.sides_of(group)]
+    return {side: [9.0, 0.1 if "_here" in side else 1.0, 0.01] for side in sides}
 
 
-def test_the_table_shows_ratios_of_medians_and_what_is_not_installed():
-    found = measured()
-    found["groups"]["ssim"]["ssim_msssim"] = None
-    del found["groups"]["ssim"]["ssim_msssim" + speed.TAMED]
+def test_the_table_shows_ratios_of_medians_and_what_is_not_installed(monkeypatch):
+    monkeypatch.setattr(speed, "machine", lambda: "one, 2 cores")
+    found = measured() | {"vqvae_monai": None}
+    del found["vqvae_monai" + speed.TAMED]
     lines = speed.table(found).splitlines()
     assert "| 10.0 slices/s | plain | 1 slices/s | 10.0x | 10.0x | 10x |" in lines[2]
     (missing,) = [line for line in lines if "not installed" in line]
-    assert missing.startswith("| SSIM as a metric") and "| - | - | 3x |" in missing
+    assert "| MONAI VQVAE |" in missing and "| - | - | 6x |" in missing
     assert "pip install -r benchmarks/requirements.txt" in missing
     assert lines[-1] == "Measured on one, 2 cores."
 
@@ -178,8 +161,8 @@ def test_a_library_that_is_absent_does_not_end_the_run(monkeypatch):
             pass
 
     monkeypatch.setattr(speed, "ProcessPoolExecutor", Absent)
-    found = speed.measure("search", "", "")
-    assert found.pop("search_here") == [0.5] * speed.TURNS
+    found = speed.measure("dcgan", "", "")
+    assert found.pop("dcgan_here") == [0.5] * speed.TURNS
     assert len(found) == 2 and set(found.values()) == {None}
 
 
