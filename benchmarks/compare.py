@@ -3,6 +3,7 @@
     python benchmarks/compare.py RUN                    # every row that the CSV does not have
     python benchmarks/compare.py RUN --rows diffusion
     python benchmarks/compare.py --table                # the table, from the CSV
+    python benchmarks/compare.py --plot F.png           # scores against minutes, from the CSV
     python benchmarks/compare.py RUN --figure F.png     # eight samples of every way to draw
 
 RUN is the folder of a finished seed. Its data and crop are used and, by rows over index maps,
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1.0, help="factor of learning rates [1]")
     parser.add_argument("--out", default="runs/comparison", help="[runs/comparison]")
     parser.add_argument("--table", action="store_true", help="print the table and end")
+    parser.add_argument("--plot", metavar="F", help="plot scores against minutes and end")
     parser.add_argument("--figure", metavar="F", help="draw eight samples of every way and end")
     return parser.parse_args()
 
@@ -61,7 +63,7 @@ from torch import Tensor, nn
 
 import modules
 import predict
-from config import Config, Exit, UserError
+from config import PRESETS, Config, Exit, UserError
 from dataset import PIXELS, Data, open_data
 from loading.decoding import read_image
 from modules import generator_of
@@ -167,20 +169,21 @@ Trained = dict[str, tuple[list[nn.Module], Callable[[Tensor], Tensor]]]
 
 
 def this_project(given: Given) -> Trained:
-    """RUN itself; without its denoiser; without its sharper decoder."""
+    """RUN itself; without its denoiser; without its sharper decoder (if it has them)."""
     run = given.run
-    vqvae, path = modules.make_vqvae(run.config), run.folder / "vqvae_best.pt"
-    checkpoints.load_weights(vqvae, checkpoints.load_checkpoint(path)["model"], path).eval()
 
     def way(run: predict.TrainedRun):
         networks = [n for n in (run.vqvae, run.generator, run.denoiser) if n is not None]
         return networks, lambda levels: run.draw(run.noise(len(levels))[0], levels)[1]
 
-    return {
-        "ours": way(run),
-        "ours-no-denoiser": way(replace(run, denoiser=None)),
-        "ours-no-decoder": way(replace(run, vqvae=vqvae)),
-    }
+    ways = {"ours": way(run)}
+    if "denoiser" in run.config.trained:
+        ways["ours-no-denoiser"] = way(replace(run, denoiser=None))
+    if "decoder" in run.config.trained:
+        vqvae, path = modules.make_vqvae(run.config), run.folder / "vqvae_best.pt"
+        checkpoints.load_weights(vqvae, checkpoints.load_checkpoint(path)["model"], path).eval()
+        ways["ours-no-decoder"] = way(replace(run, vqvae=vqvae))
+    return ways
 
 
 def pixel_gan(scale: int) -> Callable[[Given], Trained]:
@@ -565,7 +568,7 @@ def one_row(name: str, run: predict.TrainedRun, arguments):
             "parameters_m": sum(p.numel() for k in networks for p in k.parameters()) / 1e6,
             "memory_mb": "" if row.over_maps else memory,  # RUN was trained before
         }  # fmt: skip
-        predict.write_slices(folder_of(run, way, arguments), iter([images]))
+        predict.write_slices(folder_of(run, way, arguments), [images])
         scorer.add("generated", images, told.numpy())
         lines.append((way, scorer.all(), effort))
     for line in lines:
@@ -580,9 +583,13 @@ def folder_of(run: predict.TrainedRun, way: str, arguments) -> Path:
 
 
 def length_of(run: predict.TrainedRun, way: str, arguments) -> str:
-    """How long a way is trained: RUN's preset, or --minutes."""
-    own = way in OURS or not arguments.minutes
-    return run.config.preset if own else f"{arguments.minutes:g} min"
+    """How long a way is trained: --minutes, or RUN's preset, with its lengths if changed."""
+    if way not in OURS and arguments.minutes:
+        return f"{arguments.minutes:g} min"
+    preset, trained = run.config.preset, run.config.trained
+    if trained == Config(**PRESETS[preset]).trained:
+        return preset
+    return f"{preset}, {' + '.join(f'{kimg:g}' for kimg in trained.values())} kimg"
 
 
 def source_of(config: Config) -> str:
@@ -632,6 +639,7 @@ def table() -> str:
         rows = seeds.values()
         cells = [mean_sd([float(row[name]) for row in rows if row[name]]) for name in columns]
         label = LABELS.get(way, way) + (f", learning rates x {lr:g}" if lr != 1 else "")
+        label = "the original recipe" if (way, length[:7]) == ("ours", "classic") else label
         lines.append(
             "| " + " | ".join([label, source, length, ", ".join(seeds), *cells]) + " |"
         )
@@ -643,6 +651,36 @@ def mean_sd(values: list[float]) -> str:
         return "-"
     mean, sd = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0
     return (f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}") + (f" ({sd:.2g})" if sd else "")
+
+
+PLOTTED = ("ours", "own-diffusion-50", "pixels-256")  # this project and the best others
+
+
+def over_time(source: str = "oasis") -> Figure:
+    """Judge's AUC and relative FD against minutes: a point for each seed, lines of means."""
+    fig = Figure((9, 3.4), dpi=100, facecolor="white", layout="constrained")
+    FigureCanvasAgg(fig)
+    lines = [r for r in read_rows() if r["source"] == source and float(r["lr"]) == 1]
+    for ax, score in zip(fig.subplots(1, 2), ("judge_auc_test", "fd_train"), strict=True):
+        for way, colour in zip(PLOTTED, ("#1f77b4", "#e07b1a", "#3a923a"), strict=True):
+            lengths = {}  # length -> points (minutes, score)
+            for row in lines:
+                if row["row"] == way and not row["length"].startswith("classic"):
+                    point = float(row["minutes"]), float(row[score])
+                    lengths.setdefault(row["length"], []).append(point)
+            if not lengths:
+                continue
+            means = sorted(np.mean(points, 0).tolist() for points in lengths.values())
+            ax.plot(*zip(*means, strict=True), color=colour, label=LABELS[way])
+            every = [point for points in lengths.values() for point in points]
+            ax.plot(*zip(*every, strict=True), "o", color=colour, markersize=4)
+        for row in lines:
+            if row["row"] == "(real)":
+                ax.axhline(float(row[score]), color="0.5", linestyle="--", label="real slices")
+        ax.set(title=SCORES[score], xlabel="minutes of training, two cores", xlim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return fig
 
 
 def figure(run: predict.TrainedRun, arguments) -> Figure:
@@ -674,10 +712,14 @@ def figure(run: predict.TrainedRun, arguments) -> Figure:
 def main(arguments):
     if arguments.table:
         return print(table())
+    if arguments.plot:
+        return over_time().savefig(arguments.plot)
     if unknown := set(arguments.rows or ()) - set(ROWS):
         raise UserError(Exit.USAGE, f"--rows {min(unknown)}: choose from {', '.join(ROWS)}")
     if not arguments.run:
-        raise UserError(Exit.USAGE, "give RUN, the folder of a finished seed, or --table")
+        raise UserError(
+            Exit.USAGE, "give RUN, the folder of a finished seed, or --table or --plot"
+        )
     run = predict.load_run(arguments.run, "cpu")
     if arguments.figure:
         return figure(run, arguments).savefig(arguments.figure)
@@ -690,6 +732,7 @@ def main(arguments):
         wanted = {
             (way, source, length_of(run, way, arguments), str(run.seed), arguments.lr)
             for way in ROWS[name].labels
+            if way.removeprefix("ours-no-") in {way, *run.config.trained}
         }
         if wanted - known:
             messages.say(", ".join(ROWS[name].labels.values()))

@@ -1,9 +1,7 @@
 """How fast is it, beside a plain implementation and beside other libraries?
 
     pip install -r benchmarks/requirements.txt        # the other libraries
-    python benchmarks/speed.py                        # twelve minutes, on an idle machine
-    python benchmarks/speed.py --groups search ssim   # these; the others keep their numbers
-    python benchmarks/speed.py --table                # the table, from the JSON
+    python benchmarks/speed.py                        # ten minutes, on an idle machine
 
 Each side has a process of its own, because malloc's settings hold for a whole process: this
 project's scripts change them (`device.tame_malloc`), other programs do not. The other sides are
@@ -16,7 +14,6 @@ import collections
 import contextlib
 import functools
 import io
-import json
 import multiprocessing
 import os
 import re
@@ -55,18 +52,15 @@ ROWS = (
     Row(f"{STEP}, float32", "vqvae_here", "vqvae_plain", aim="10x"),
     Row(f"{STEP}, float32", "vqvae_here", "vqvae_monai", aim="6x"),
     Row(f"{STEP}, bfloat16", "vqvae_here_bfloat16", "vqvae_plain", aim="18x"),
-    Row("code search in 8 slices, K 512, D 64", "search_here", "search_vqp", "cells/s", "5x"),
     Row("DCGAN training step, batch 32", "dcgan_here", "dcgan_plain", "maps/s", "2x"),
     Row("generation, noise to slice", "generate_here", aim="300 slices/s"),
-    Row("generation without denoiser and sharper decoder", "generate_here_alone"),
     Row(f"{OPEN}, first time", "open_here", "open_loader", "s", "10 s"),
     Row(f"{OPEN}, again", "open_here_again", "open_loader", "s", "0.1 s"),
-    Row("SSIM as a metric, 64 slices", "ssim_here", "ssim_msssim", aim="3x"),
 )
 GROUPS = tuple(dict.fromkeys(row.group for row in ROWS))
 LABELS = {  # of other sides, by the last part of their names
-    "monai": "MONAI VQVAE", "plain": "plain", "vqp": "vector-quantize-pytorch",
-    "msssim": "pytorch-msssim", "loader": "cv2 in a DataLoader, one epoch", "": "-",
+    "monai": "MONAI VQVAE", "plain": "plain", "loader": "cv2 in a DataLoader, one epoch",
+    "": "-",
 }  # fmt: skip
 ABSENT = "not installed: `pip install -r benchmarks/requirements.txt`"
 TURNS = 3
@@ -81,10 +75,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="[all]")
     parser.add_argument("--cache", default="runs/cache", help="embedded set [runs/cache]")
-    parser.add_argument("--out", default="runs/speed.json", help="[runs/speed.json]")
-    parser.add_argument("--table", action="store_true", help="print the table and end")
     return parser.parse_args()
 
 
@@ -95,19 +86,17 @@ import cv2
 import numpy as np
 import plain
 import torch
-import torch.nn.functional as F
 
 import modules
 import train
 from config import Config
 from dataset import evenly, open_data
 from modules import generator_of
-from scores import metrics
 from stages.decoder import widen_decoder
 from stages.denoiser import make_denoiser
 from stages.losses import random_corner, structural_loss
 from stages.stage import CROP, seeded
-from support import device, endings, files, messages
+from support import device, endings, messages
 
 CPU = torch.device("cpu")
 
@@ -215,30 +204,6 @@ def vqvae_monai(here: Inputs):
     return step, len(images)
 
 
-def search_here(here: Inputs):
-    """The search starts before the projection and finds all background at once."""
-    model = some_vqvae(here, here.config).requires_grad_(False)
-    rows, quantizer = modules.cells(model.encoder(here.slices(8))), model.quantizer
-
-    def search() -> torch.Tensor:
-        return F.embedding(quantizer.search(rows, model.pre_vq), quantizer.codebook)
-
-    return search, len(rows)
-
-
-def search_vqp(here: Inputs):
-    """The library searches a ready z."""
-    from vector_quantize_pytorch import VectorQuantize
-
-    model = some_vqvae(here, here.config).requires_grad_(False)
-    K, D = model.quantizer.codebook.shape
-    other = VectorQuantize(dim=D, codebook_size=K).eval().requires_grad_(False)
-    other.codebook = model.quantizer.codebook
-    z = model.pre_vq(model.encoder(here.slices(8)))  # (8, D, h, w)
-    z = z.permute(0, 2, 3, 1).flatten(1, 2).contiguous()  # (8, h*w, D)
-    return functools.partial(other, z), z[..., 0].numel()
-
-
 class Gan(train.Gan):
     """A DCGAN at the start of its training, whose maps come from a VQ-VAE without training."""
 
@@ -291,16 +256,14 @@ def dcgan_plain(here: Inputs):
     return steps_of(plain.dcgan_step, plain_gan(here, here.config))
 
 
-def generate_here(here: Inputs, refined: bool = True):
-    """Noise to slices, as predict.py. refined: with the denoiser and the sharper decoder."""
+def generate_here(here: Inputs):
+    """Noise to slices, as predict.py, with the denoiser and the sharper decoder."""
     config, gan = here.config, Gan(here, here.config)
-    restore, vqvae = None, gan.vqvae
-    if refined:
-        denoiser = make_denoiser(config).eval()
-        denoiser.fit(gan.code_map, torch.ones(config.codes))
-        autocast = functools.partial(device.autocast, CPU, config.precision)
-        restore = denoiser.restorer(gan.code_map, autocast)
-        vqvae = widen_decoder(vqvae, config)
+    denoiser = make_denoiser(config).eval()
+    denoiser.fit(gan.code_map, torch.ones(config.codes))
+    autocast = functools.partial(device.autocast, CPU, config.precision)
+    restore = denoiser.restorer(gan.code_map, autocast)
+    vqvae = widen_decoder(gan.vqvae, config)
     gan.G.eval()
     noise, level = gan.ready[2].repeat(2, 1), gan.levels.repeat(2)
 
@@ -309,9 +272,6 @@ def generate_here(here: Inputs, refined: bool = True):
         modules.in_full_batches(vqvae.decode, maps)
 
     return generate, len(noise)
-
-
-generate_here_alone = functools.partial(generate_here, refined=False)
 
 
 def open_here(here: Inputs):
@@ -349,24 +309,6 @@ def open_loader(here: Inputs):
     pngs = PngFiles(here.pngs())
     loader = torch.utils.data.DataLoader(pngs, 32, shuffle=True, num_workers=CPU_COUNT)
     return lambda: collections.deque(loader, maxlen=0), 1
-
-
-def ssim_pair(here: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """64 slices and noisy copies of them."""
-    x = here.slices(64)
-    noise = torch.randn(x.shape, generator=generator_of(0))
-    return x, (x + 0.05 * noise).clamp(0, 1)
-
-
-def ssim_here(here: Inputs):
-    return functools.partial(metrics.ssim, *ssim_pair(here)), 64
-
-
-def ssim_msssim(here: Inputs):
-    from pytorch_msssim import ssim
-
-    given = {"data_range": 1.0, "size_average": False}
-    return functools.partial(ssim, *ssim_pair(here), **given), 64
 
 
 # --- measuring ----------------------------------------------------------------------------
@@ -437,9 +379,8 @@ def machine() -> str:
     return f"{name[1] if name else '?'}, {CPU_COUNT} cores, torch {torch.__version__}"
 
 
-def table(found: dict) -> str:
+def table(seconds: dict[str, list[float] | None]) -> str:
     """The table between the `<!-- speed -->` marks of benchmarks/README.md, in Markdown."""
-    seconds = {k: v for group in found["groups"].values() for k, v in group.items()}
     medians = {side: statistics.median(turns) for side, turns in seconds.items() if turns}
     head = "| work | here | beside | there | times | times, with this malloc there | aim |"
     lines = [head, "|---|---|---|---|---|---|---|"]
@@ -449,7 +390,7 @@ def table(found: dict) -> str:
         cells = [work, shown(mine, unit), LABELS[other.rpartition("_")[2]], there]
         cells += [f"{number(s / mine)}x" if s and mine else "-" for s in (theirs, tamed)]
         lines.append("| " + " | ".join([*cells, aim]) + " |")
-    return "\n".join([*lines, "", f"Measured on {found['machine']}."])
+    return "\n".join([*lines, "", f"Measured on {machine()}."])
 
 
 def shown(seconds: float | None, unit: str) -> str:
@@ -462,20 +403,13 @@ def number(value: float) -> str:
 
 
 def main(arguments: argparse.Namespace):
-    out, found = Path(arguments.out), {"groups": {}, "machine": "?"}
-    if out.exists():
-        found = json.loads(out.read_text(encoding="utf-8"))
-    if not arguments.table:
-        found["machine"] = machine()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        open_data(Config(cache=arguments.cache))  # makes the embedded set if it is missing
-        with tempfile.TemporaryDirectory() as work:
-            for group in arguments.groups:
-                begin = time.monotonic()
-                found["groups"][group] = measure(group, arguments.cache, work)
-                files.write_json(out, found)
-                messages.say(f"{group}: {time.monotonic() - begin:.0f} s")
-    print(table(found))
+    open_data(Config(cache=arguments.cache))  # makes the embedded set if it is missing
+    seconds = {}
+    with tempfile.TemporaryDirectory() as work:
+        for group in GROUPS:
+            messages.say(f"measuring {group}")
+            seconds |= measure(group, arguments.cache, work)
+    print(table(seconds))
 
 
 if __name__ == "__main__":
