@@ -6,6 +6,7 @@ command line from these fields.
 """
 
 import enum
+import functools
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import NamedTuple
@@ -38,10 +39,11 @@ class UserError(Exception):
 
 
 def option(
-    default, help, *, low=None, high=None, choices=None, identity=True, heading="", flag=True
+    default, help, low=None, high=None, *, choices=None, identity=True, heading="", flag=True
 ):
     """A field of `Config`, with what argparse and the range check need.
 
+    low, high: the range of its number or numbers.
     identity: whether another value makes another run (paths and devices do not).
     heading: of the group in --help that begins with this field.
     flag: whether the field has a flag of its own; the others are set by --set NAME=VALUE.
@@ -53,245 +55,10 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def outside(default, help, **given):
-    """An `option` that does not change what a run computes."""
-    return option(default, help, identity=False, **given)
+outside = functools.partial(option, identity=False)  # does not change what a run computes
+detail = functools.partial(option, flag=False)  # has no flag: --set NAME=VALUE
 
-
-def detail(default, help, **given):
-    """An `option` without a flag: --set NAME=VALUE."""
-    return option(default, help, flag=False, **given)
-
-
-@dataclass(frozen=True)
-class Config:
-    """All options, with the defaults of preset `quick`."""
-
-    preset: str = outside("quick", "set of defaults", choices=(), heading="run")
-    data: str = outside("", "folder of slices or volumes [the embedded set]")
-    out: str = outside("", "folder for results [runs/<preset>]")
-    cache: str = outside("runs/cache", "folder for decoded slices, shared by all runs")
-    device: str = outside("auto", "auto, cpu, cuda, cuda:N or mps")
-    threads: int = outside(
-        0, "threads on the CPU [0: as many as other programs leave idle]", low=0, high=1024
-    )
-    seed: int = outside(
-        0, "first random seed [0, or the next unused one]", low=0, high=2**31 - 1
-    )
-    runs: int = outside(
-        1, "number of seeds to train; validation chooses the best", low=1, high=1000
-    )
-
-    strict: bool = option(
-        False, "stop at the first unreadable file [skip up to 1 %%]", heading="data"
-    )
-    subjects: tuple[int, int, int] = option(
-        (160, 24, 24),
-        "subjects of the embedded set: training, validation, test",
-        low=2,
-        high=10**6,
-    )
-    slices: int = option(32, "axial slices per volume", low=1, high=1024)
-    axis: int = option(
-        -1,
-        "slice axis of volumes whose header has no orientation, 0 to 2 [-1: none]",
-        low=-1,
-        high=2,
-    )
-    subject_pattern: str = option(
-        "", "regular expression; its first group in the path is the subject"
-    )
-    allow_slice_split: bool = option(
-        False, "split by slice if subjects are unknown (inflates every score)"
-    )
-    split_seed: int = option(0, "seed of the split by subject", low=0, high=2**31 - 1)
-
-    recipe: str = detail(
-        "improved",
-        "original: bilinear upsampling, codebook moved by the loss, squared error, BCE with "
-        "BatchNorm, whole maps, no slice level",
-        choices=("improved", "original"),
-    )
-    optimizer: str = detail(
-        "muon", "of VQ-VAE, sharper decoder and DCGAN (Muon: Jordan et al. 2024)",
-        choices=("muon", "adam"),
-    )  # fmt: skip
-    schedule: str = detail(
-        "cosine", "learning rate over a stage", choices=("cosine", "constant")
-    )
-    warm_up: float = detail(0.05, "share of a stage's steps with a rising rate", low=0, high=1)
-    log_rows: int = detail(40, "rows of log.csv per stage", low=1, high=10_000)
-
-    codes: int = option(
-        512, "K, codebook size", low=2, high=65535,
-        heading="VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937)",
-    )  # fmt: skip
-    code_dim: int = detail(64, "D, numbers per code vector", low=1, high=4096)
-    widths: tuple[int, int, int, int] = option(
-        (16, 8, 8, 16),
-        "channels of the encoder's and of the decoder's convolutions",
-        low=1,
-        high=4096,
-    )
-    commitment: float = detail(0.25, "beta of eq. 3", low=0, high=100)
-    codebook_decay: float = detail(
-        0.9,
-        "EMA decay per step of codebook counts and sums (appendix A.1)",
-        low=0,
-        high=0.99999,
-    )
-    codebook_delay: float = detail(
-        0.1, "share of steps without quantisation, before the codebook starts", low=0, high=0.9
-    )
-    revive_every: int = detail(25, "steps between revivals of dead codes", low=1, high=10**6)
-    revive_below: float = detail(
-        0.7, "mean uses per step that make a code dead", low=0, high=1e6
-    )
-    detail_weight: float = detail(
-        2.0, "weight of the strength of detail in the loss", low=0, high=1e3
-    )
-    window_px: int = detail(
-        128, "side of the window that SSIM and patches use", low=32, high=128
-    )
-    lr: float = option(2e-3, "learning rate", low=1e-8, high=1)
-    batch_size: int = option(8, "slices per step, over all processes", low=1, high=65536)
-    vqvae_kimg: float = option(
-        16.0, "training length, thousands of slices seen", low=0.001, high=1e7
-    )
-
-    decoder_widths: tuple[int, int] = detail(
-        (32, 16), "sharper decoder: least channels of its two convolutions", low=1, high=4096
-    )
-    residual_blocks: int = detail(
-        2, "sharper decoder: residual blocks, on 64x64 cells", low=0, high=64
-    )
-    decoder_lr: float = detail(1e-3, "learning rate of the sharper decoder", low=1e-8, high=1)
-    decoder_ema_kimg: float = detail(
-        1.5, "half-life of its weight average, thousands of slices", low=0, high=1e5
-    )
-    decoder_tolerance: float = detail(
-        1.25, "factor by which 1 - SSIM may exceed the lowest so far", low=1, high=10
-    )
-    adversarial_weight: float = detail(
-        0.1, "weight of the patch discriminator", low=0, high=1e3
-    )
-    patch_lr: float = detail(2e-3, "learning rate of the patch discriminator", low=1e-8, high=1)
-    patch_gamma: float = detail(1e-4, "its weight of R1 and R2", low=0, high=1e4)
-    patch_noise: float = detail(0.005, "sd of the noise added to its inputs", low=0, high=1)
-    decoder_kimg: float = option(
-        8.0, "training length, thousands of slices seen; 0: none", low=0, high=1e7,
-        heading="sharper decoder (Isola et al. 2017, arXiv:1611.07004)",
-    )  # fmt: skip
-
-    order: str = option(
-        "coordinates",
-        "of codes in maps: principal coordinates; even bins along component 1; by number",
-        choices=("coordinates", "pc1", "raw"),
-        heading="DCGAN (Radford et al. 2016, arXiv:1511.06434)",
-    )
-    map_channels: int = option(
-        4, "C, principal coordinates, or copies of the binned map", low=1, high=64
-    )
-    gan_widths: tuple[int, int] = option(
-        (32, 32), "channels next to the map: generator, discriminator", low=1, high=1024
-    )
-    noise_dim: int = detail(100, "Z, noise numbers per sample", low=1, high=4096)
-    gamma: float = option(2.0, "weight of R1 and R2 (arXiv:2501.05441)", low=0, high=1e4)
-    penalty_every: int = detail(8, "steps between R1 and R2 penalties", low=1, high=1024)
-    gan_lr: tuple[float, float] = option(
-        (1.6e-3, 3.2e-3), "learning rates: generator, discriminator (arXiv:1706.08500)",
-        low=1e-8, high=1,
-    )  # fmt: skip
-    gan_beta1: float = detail(0.0, "Adam's beta 1", low=0, high=0.9999)
-    gan_momentum: float = detail(0.5, "Muon's momentum", low=0, high=0.9999)
-    ema_kimg: float = detail(
-        5.0, "half-life of the generator's weight average, thousands of maps", low=0, high=1e5
-    )
-    gan_tolerance: float = detail(
-        1.2, "factor by which fd_validation may exceed the lowest so far", low=1, high=10
-    )
-    monitor_samples: int = detail(
-        256, "samples behind fd_validation in log.csv", low=8, high=10**5
-    )
-    gan_batch_size: int = option(32, "maps per step", low=1, high=65536)
-    gan_kimg: float = option(
-        63.0, "training length, thousands of maps seen", low=0.001, high=1e7
-    )
-
-    denoiser_lr: float = detail(3e-3, "learning rate of the denoiser", low=1e-8, high=1)
-    denoiser_ema_kimg: float = detail(
-        2.0, "half-life of its weight average, thousands of maps", low=0, high=1e5
-    )
-    denoiser_kimg: float = option(
-        20.0, "training length, thousands of maps seen; 0: none", low=0, high=1e7,
-        heading="denoiser (Karras et al. 2022, arXiv:2206.00364)",
-    )  # fmt: skip
-    denoiser_batch_size: int = option(16, "maps per step", low=1, high=65536)
-
-    samples: int = outside(
-        512, "N, generated and real slices compared", low=8, high=10**6,
-        heading="evaluation and arithmetic",
-    )  # fmt: skip
-    precision: str = option(
-        "auto", "of training and denoising; auto: bfloat16 if the hardware supports it",
-        choices=("auto", "float32", "bfloat16"),
-    )  # fmt: skip
-
-    def __post_init__(self):
-        for f in fields(self):
-            check_field(f, getattr(self, f.name))
-
-    @property
-    def original(self) -> bool:
-        """Whether this is the original recipe, preset `classic`."""
-        return self.recipe == "original"
-
-    @property
-    def trained(self) -> dict[str, float]:
-        """The stages of training -> their length, in thousands of slices or maps; not 0."""
-        lengths = {stage: getattr(self, length.kimg) for stage, length in TRAINED.items()}
-        return {stage: kimg for stage, kimg in lengths.items() if kimg}
-
-    def identity(self) -> dict:
-        """The plain values that make this run what it is (without paths, device and seed)."""
-        return {
-            f.name: _plain(getattr(self, f.name))
-            for f in fields(self)
-            if f.metadata["identity"]
-        }
-
-    def to_dict(self) -> dict:
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "Config":
-        """The inverse of `to_dict`. Raises ValueError for unknown fields or bad values."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"unknown field {unknown[0]!r}: saved by another version")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
-
-
-class Length(NamedTuple):
-    """How long a stage trains: the unit, and the fields of `Config` with the numbers."""
-
-    seen: str
-    kimg: str
-    batch_size: str
-
-
-TRAINED = {
-    "vqvae": Length("slices", "vqvae_kimg", "batch_size"),
-    "decoder": Length("slices", "decoder_kimg", "batch_size"),
-    "dcgan": Length("maps", "gan_kimg", "gan_batch_size"),
-    "denoiser": Length("maps", "denoiser_kimg", "denoiser_batch_size"),
-}
-
-# Differences from the defaults above. `classic` is the recipe of the original project. Its
+# Differences from the defaults below. `classic` is the recipe of the original project. Its
 # DCGAN of widths 128 and 64 needs a GPU (about 4 GFLOP a map). All presets but `full` keep the
 # original's VQ-VAE.
 PRESETS = {
@@ -318,11 +85,198 @@ PRESETS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Config:
+    """All options: default (of preset `quick`), meaning, lowest and highest value."""
+
+    preset: str = outside("quick", "set of defaults", choices=tuple(PRESETS), heading="run")
+    data: str = outside("", "folder of slices or volumes [the embedded set]")
+    out: str = outside("", "folder for results [runs/<preset>]")
+    cache: str = outside("runs/cache", "folder for decoded slices, shared by all runs")
+    device: str = outside("auto", "auto, cpu, cuda, cuda:N or mps")
+    threads: int = outside(
+        0, "threads on the CPU [0: as many as other programs leave idle]", 0, 1024
+    )
+    seed: int = outside(0, "first random seed [0, or the next unused one]", 0, 2**31 - 1)
+    runs: int = outside(1, "number of seeds to train; validation chooses the best", 1, 1000)
+
+    strict: bool = option(
+        False, "stop at the first unreadable file [skip up to 1 %%]", heading="data"
+    )
+    subjects: tuple[int, int, int] = option(
+        (160, 24, 24), "subjects of the embedded set: training, validation, test", 2, 10**6
+    )
+    slices: int = option(32, "axial slices per volume", 1, 1024)
+    axis: int = option(
+        -1, "slice axis of volumes whose header has no orientation, 0 to 2 [-1: none]", -1, 2
+    )
+    subject_pattern: str = option(
+        "", "regular expression; its first group in the path is the subject"
+    )
+    allow_slice_split: bool = option(
+        False, "split by slice if subjects are unknown (inflates every score)"
+    )
+    split_seed: int = option(0, "seed of the split by subject", 0, 2**31 - 1)
+
+    recipe: str = detail(
+        "improved",
+        "original: bilinear upsampling, codebook moved by the loss, squared error, BCE with "
+        "BatchNorm, whole maps, no slice level",
+        choices=("improved", "original"),
+    )
+    optimizer: str = detail(
+        "muon", "of VQ-VAE, sharper decoder and DCGAN (Muon: Jordan et al. 2024)",
+        choices=("muon", "adam"),
+    )  # fmt: skip
+    schedule: str = detail(
+        "cosine", "learning rate over a stage", choices=("cosine", "constant")
+    )
+    warm_up: float = detail(0.05, "share of a stage's steps with a rising rate", 0, 1)
+    log_rows: int = detail(40, "rows of log.csv per stage", 1, 10_000)
+
+    codes: int = option(
+        512, "K, codebook size", 2, 65535,
+        heading="VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937)",
+    )  # fmt: skip
+    code_dim: int = detail(64, "D, numbers per code vector", 1, 4096)
+    widths: tuple[int, int, int, int] = option(
+        (16, 8, 8, 16), "channels of the encoder's and of the decoder's convolutions", 1, 4096
+    )
+    commitment: float = detail(0.25, "beta of eq. 3", 0, 100)
+    codebook_decay: float = detail(
+        0.9, "EMA decay per step of codebook counts and sums (appendix A.1)", 0, 0.99999
+    )
+    codebook_delay: float = detail(
+        0.1, "share of steps without quantisation, before the codebook starts", 0, 0.9
+    )
+    revive_every: int = detail(25, "steps between revivals of dead codes", 1, 10**6)
+    revive_below: float = detail(0.7, "mean uses per step that make a code dead", 0, 1e6)
+    detail_weight: float = detail(2.0, "weight of the strength of detail in the loss", 0, 1e3)
+    window_px: int = detail(128, "side of the window that SSIM and patches use", 32, 128)
+    lr: float = option(2e-3, "learning rate", 1e-8, 1)
+    batch_size: int = option(8, "slices per step, over all processes", 1, 65536)
+    vqvae_kimg: float = option(16.0, "training length, thousands of slices seen", 0.001, 1e7)
+
+    decoder_widths: tuple[int, int] = detail(
+        (32, 16), "sharper decoder: least channels of its two convolutions", 1, 4096
+    )
+    residual_blocks: int = detail(2, "sharper decoder: residual blocks, on 64x64 cells", 0, 64)
+    decoder_lr: float = detail(1e-3, "learning rate of the sharper decoder", 1e-8, 1)
+    decoder_ema_kimg: float = detail(
+        1.5, "half-life of its weight average, thousands of slices", 0, 1e5
+    )
+    decoder_tolerance: float = detail(
+        1.25, "factor by which 1 - SSIM may exceed the lowest so far", 1, 10
+    )
+    adversarial_weight: float = detail(0.1, "weight of the patch discriminator", 0, 1e3)
+    patch_lr: float = detail(2e-3, "learning rate of the patch discriminator", 1e-8, 1)
+    patch_gamma: float = detail(1e-4, "its weight of R1 and R2", 0, 1e4)
+    patch_noise: float = detail(0.005, "sd of the noise added to its inputs", 0, 1)
+    decoder_kimg: float = option(
+        8.0, "training length, thousands of slices seen; 0: none", 0, 1e7,
+        heading="sharper decoder (Isola et al. 2017, arXiv:1611.07004)",
+    )  # fmt: skip
+
+    order: str = option(
+        "coordinates",
+        "of codes in maps: principal coordinates; even bins along component 1; by number",
+        choices=("coordinates", "pc1", "raw"),
+        heading="DCGAN (Radford et al. 2016, arXiv:1511.06434)",
+    )
+    map_channels: int = option(
+        4, "C, principal coordinates, or copies of the binned map", 1, 64
+    )
+    gan_widths: tuple[int, int] = option(
+        (32, 32), "channels next to the map: generator, discriminator", 1, 1024
+    )
+    noise_dim: int = detail(100, "Z, noise numbers per sample", 1, 4096)
+    gamma: float = option(2.0, "weight of R1 and R2 (arXiv:2501.05441)", 0, 1e4)
+    penalty_every: int = detail(8, "steps between R1 and R2 penalties", 1, 1024)
+    gan_lr: tuple[float, float] = option(
+        (1.6e-3, 3.2e-3), "learning rates: generator, discriminator (arXiv:1706.08500)", 1e-8, 1
+    )
+    gan_beta1: float = detail(0.0, "Adam's beta 1", 0, 0.9999)
+    gan_momentum: float = detail(0.5, "Muon's momentum", 0, 0.9999)
+    ema_kimg: float = detail(
+        5.0, "half-life of the generator's weight average, thousands of maps", 0, 1e5
+    )
+    gan_tolerance: float = detail(
+        1.2, "factor by which fd_validation may exceed the lowest so far", 1, 10
+    )
+    monitor_samples: int = detail(256, "samples behind fd_validation in log.csv", 8, 10**5)
+    gan_batch_size: int = option(32, "maps per step", 1, 65536)
+    gan_kimg: float = option(63.0, "training length, thousands of maps seen", 0.001, 1e7)
+
+    denoiser_lr: float = detail(3e-3, "learning rate of the denoiser", 1e-8, 1)
+    denoiser_ema_kimg: float = detail(
+        2.0, "half-life of its weight average, thousands of maps", 0, 1e5
+    )
+    denoiser_kimg: float = option(
+        20.0, "training length, thousands of maps seen; 0: none", 0, 1e7,
+        heading="denoiser (Karras et al. 2022, arXiv:2206.00364)",
+    )  # fmt: skip
+    denoiser_batch_size: int = option(16, "maps per step", 1, 65536)
+
+    samples: int = outside(
+        512, "N, generated and real slices compared", 8, 10**6,
+        heading="evaluation and arithmetic",
+    )  # fmt: skip
+    precision: str = option(
+        "auto", "of training and denoising; auto: bfloat16 if the hardware supports it",
+        choices=("auto", "float32", "bfloat16"),
+    )  # fmt: skip
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_field(f, getattr(self, f.name))
+
+    @property
+    def original(self) -> bool:
+        """Whether this is the original recipe, preset `classic`."""
+        return self.recipe == "original"
+
+    @property
+    def trained(self) -> dict[str, float]:
+        """The stages of training -> their length, in thousands of slices or maps; not 0."""
+        lengths = {stage: getattr(self, length.kimg) for stage, length in TRAINED.items()}
+        return {stage: kimg for stage, kimg in lengths.items() if kimg}
+
+    def identity(self) -> dict:
+        """The plain values that make this run what it is (without paths, device and seed)."""
+        values = self.to_dict()
+        return {f.name: values[f.name] for f in fields(self) if f.metadata["identity"]}
+
+    def to_dict(self) -> dict:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """The inverse of `to_dict`. Raises ValueError for unknown fields or bad values."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown field {unknown[0]!r}: saved by another version")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+class Length(NamedTuple):
+    """How long a stage trains: the unit, and the fields of `Config` with the numbers."""
+
+    seen: str
+    kimg: str
+    batch_size: str
+
+
+TRAINED = {
+    "vqvae": Length("slices", "vqvae_kimg", "batch_size"),
+    "decoder": Length("slices", "decoder_kimg", "batch_size"),
+    "dcgan": Length("maps", "gan_kimg", "gan_batch_size"),
+    "denoiser": Length("maps", "denoiser_kimg", "denoiser_batch_size"),
+}
+
+
 def check_field(f, value):
     """Raise ValueError with field, value and allowed range unless `value` fits field `f`."""
     low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-    if f.name == "preset":
-        choices = tuple(PRESETS)
     many = isinstance(f.default, tuple)
     example = f.default[0] if many else f.default
     parts = value if many else (value,)

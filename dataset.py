@@ -32,7 +32,7 @@ SLICE_SPLIT = "split by slice, not by subject: every score is inflated"
 
 
 class BrainSlices(torch.utils.data.Dataset):
-    """One split: slices float32 (1,256,256) in [0,1], with subject and slice level.
+    """One split of slices, with subject and slice level.
 
     images: uint8 (N,256,256), memory map of the whole source, shared by the splits.
     rows: int64 (n,), this split's rows of `images`.
@@ -54,11 +54,10 @@ class BrainSlices(torch.utils.data.Dataset):
         return self.batch([index])[0], float(self.levels[index])
 
     def brightest(self) -> np.ndarray:
-        """Return the brightest value of each pixel in at most 4,096 slices: uint8 (256,256)."""
+        """Return each pixel's largest value in at most 4,096 slices: uint8 (256,256)."""
         seen = np.zeros(self.images.shape[1:], np.uint8)
-        for part in np.array_split(self.rows[evenly(len(self), 4096)], 64):
-            if len(part):
-                np.maximum(seen, self.images[part].max(0), out=seen)
+        for row in self.rows[evenly(len(self), 4096)]:
+            np.maximum(seen, self.images[row], out=seen)
         return seen
 
     def batch(self, indices) -> torch.Tensor:
@@ -134,10 +133,9 @@ class Crop(NamedTuple):
 
     def paste(self, inside: torch.Tensor, background: int) -> torch.Tensor:
         """The inverse of `cut` for index maps: (B, height, width) -> (B, 64, 64)."""
-        right, below = MAP - self.left - self.width, MAP - self.top - self.height
-        return torch.nn.functional.pad(
-            inside, (self.left, right, self.top, below), value=background
-        )
+        maps = inside.new_full((len(inside), MAP, MAP), background)
+        self.cut(maps)[:] = inside
+        return maps
 
 
 def open_data(config: Config) -> Data:
@@ -208,9 +206,8 @@ def open_slices(path: Path, config: Config, subjects: bool = True) -> BrainSlice
     config = replace(config, data=str(path))
     items, report = find(path, config, subjects)
     images, _, kept, counts = _decoded(config, items, report)
-    names = [item.subject if subjects else item.name for item in kept]
-    series = [item.series if subjects else item.name for item in kept]
-    names, series = np.repeat(names, counts), np.repeat(series, counts)
+    names = np.repeat([item.subject if subjects else item.name for item in kept], counts)
+    series = np.repeat([item.series for item in kept], counts)
     levels = _levels(series) if subjects else np.full(len(images), np.nan)
     who = f" of {len(set(names.tolist())):,} subjects" if subjects else ""
     say(f"{printable(path)}: {len(images):,} slices{who}")
@@ -237,9 +234,9 @@ def _check_pixels(images: np.ndarray):
             f"the brightest pixel of the decoded slices is {brightest} of 255; see decoded.png"
         )
     lit = seen[::4] > 0
-    between = (
-        np.maximum.accumulate(lit, 2) & np.maximum.accumulate(lit[..., ::-1], 2)[..., ::-1]
-    )
+    after_first = np.maximum.accumulate(lit, 2)
+    before_last = np.maximum.accumulate(lit[..., ::-1], 2)[..., ::-1]
+    between = after_first & before_last
     holes = float((between & ~lit).sum() / max(1, between.sum()))
     if holes > 0.4:
         warn(f"{holes:.0%} of the pixels inside the heads are black; see decoded.png")
@@ -258,25 +255,20 @@ def _data(config: Config, images, fingerprint: str, subjects, parts, series, rep
         "slices": {part: len(splits[part]) for part in PARTS},
         "fingerprint": fingerprint,
     }
-    by_slice = report["split"].startswith("by slice")
-    if not by_slice:
+    stamp = PRIVATE if config.data else ""
+    if report["split"].startswith("by slice"):
+        stamp += f"; {SLICE_SPLIT}"
+    else:
         report["names"] = {p: sorted(set(splits[p].subjects.tolist())) for p in PARTS}
     if len(images) >= 64 and np.isnan(levels).all():
         _add_notes(
             report,
             "no slice levels: no two files are slices of one series, so --level cannot be used",
         )
-    stamps = [PRIVATE] if config.data else []
-    stamps += [SLICE_SPLIT] if by_slice else []
-    data = Data(
-        **splits,
-        images=images,
-        fingerprint=fingerprint,
-        stamp="; ".join(stamps),
-        report=report,
-    )
-    _describe(data)
-    return data
+    _describe(report)
+    if stamp:
+        say(f"  {stamp}")
+    return Data(**splits, images=images, fingerprint=fingerprint, stamp=stamp, report=report)
 
 
 def _levels(series: np.ndarray) -> np.ndarray:
@@ -289,9 +281,8 @@ def _levels(series: np.ndarray) -> np.ndarray:
         return (ranks / (sizes[which] - 1)).astype(np.float32)  # 0 / 0 is NaN
 
 
-def _describe(data: Data):
+def _describe(report: dict):
     """Print the splits and what was left out."""
-    report = data.report
     parts = (
         f"{part} {report['slices'][part]:,} slices of {report['subjects'][part]:,} subjects"
         for part in PARTS
@@ -300,8 +291,6 @@ def _describe(data: Data):
     overlap = "no overlap, if subjects are guessed right" if guessed else "no overlap"
     say(f"  {', '.join(parts)}; split {report['split']}, {overlap}")
     _say_left_out(report)
-    if data.stamp:
-        say(f"  {data.stamp}")
 
 
 def _add_notes(report: dict, *notes: str):

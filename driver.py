@@ -40,10 +40,8 @@ def main(arguments):
     runs.check_out(config)
     data = open_data(config)
     train.check_enough(data)
-    given = "seed" in arguments, "runs" in arguments
-    folder, seeds = distributed.first(
-        lambda: runs.results_folder(config, data.fingerprint, *given)
-    )
+    given = data.fingerprint, "seed" in arguments, "runs" in arguments
+    folder, seeds = distributed.first(lambda: runs.results_folder(config, *given))
     with runs.writing_alone(folder):
         messages.say(f"results: {folder}")
         distributed.first(lambda: draw_decoded(folder, data))
@@ -99,23 +97,18 @@ def scored(run: Run, data: Data) -> dict:
 
 
 def publish(folder: Path, rows: dict[int, dict], seeds: range, data: Data, config: Config):
-    """Write results.json and print it; write report.html if a seed ended after the last one."""
+    """Write and print results.json; write report.html if a seed ended after the last one."""
     results.write(folder, rows, seeds)
-    print_table(folder, rows)
-    page = folder / "report.html"
-    ended = [path.stat().st_mtime_ns for path in folder.glob("seed-*/run.log")]
-    if not page.exists() or page.stat().st_mtime_ns < max(ended, default=0):
-        predict.save_report(folder, data, config.device)
-
-
-def print_table(folder: Path, rows: dict[int, dict]):
-    """Print one line per run."""
     best = files.read_json(folder / "results.json")["best"]
     for seed, row in rows.items():
         scores = {**row.get("validation", {}), **row.get("test", {})}
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         mark = "  <- best" if best == f"seed-{seed}" else ""
         messages.say(f"seed {seed}: {row['status']} {shown}{mark}")
+    page = folder / "report.html"
+    ended = [path.stat().st_mtime_ns for path in folder.glob("seed-*/run.log")]
+    if not page.exists() or page.stat().st_mtime_ns < max(ended, default=0):
+        predict.save_report(folder, data, config.device)
 
 
 def conclude(folder: Path, preset: str):

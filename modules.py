@@ -14,7 +14,7 @@ L slice-level features.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -123,10 +123,8 @@ class Quantizer(nn.Module):
             indices=indices.view(B, h, w),
             codebook_loss=F.mse_loss(e, z.detach()),
             commitment=F.mse_loss(z, e.detach()),
-            counts=sums[:, -1].contiguous(),
-            sums=sums[:, :-1].contiguous(),
-            z=z.detach(),
-            errors=errors,
+            counts=sums[:, -1].contiguous(), sums=sums[:, :-1].contiguous(),
+            z=z.detach(), errors=errors,
         )
 
     @torch.no_grad()
@@ -196,12 +194,8 @@ class VQVAE(nn.Module):
     """(B, 1, 256, 256) -> encoder -> quantiser (64x64 codes) -> decoder -> (B, 1, 256, 256)."""
 
     def __init__(
-        self,
-        codes: int = 512,
-        dim: int = 64,
-        widths: tuple[int, int, int, int] = (16, 8, 8, 16),
-        upsampling: str = "nearest",
-        codebook: str = "ema",
+        self, codes: int = 512, dim: int = 64, widths: tuple[int, ...] = (16, 8, 8, 16),
+        upsampling: str = "nearest", codebook: str = "ema",
     ):
         super().__init__()
         self.encoder = make_encoder(*widths[:2])
@@ -319,9 +313,7 @@ class CodeMap(nn.Module):
         self.even = torch.equal(points, even_middles(len(used)))
 
     @classmethod
-    def fit(
-        cls, codebook: Tensor, counts: Tensor, order: str, channels: int, **given
-    ) -> "CodeMap":
+    def fit(cls, codebook: Tensor, counts: Tensor, order: str, channels: int, **given) -> Self:
         """From the codebook (K, D) and the training split's code histogram (K,)."""
         used = counts.nonzero().flatten()                                 # (U,)
         y = principal_coordinates(codebook[used], counts[used], channels) # (U, C or D)
@@ -343,7 +335,7 @@ class CodeMap(nn.Module):
         }
 
     @classmethod
-    def from_saved(cls, values: dict, config: Config) -> "CodeMap":
+    def from_saved(cls, values: dict, config: Config) -> Self:
         """The inverse of `saved`. Raises ValueError unless it fits the configuration."""
         crop, background = Crop(*values["crop"].tolist()), int(values["background"])
         top, left, height, width = crop
@@ -351,11 +343,11 @@ class CodeMap(nn.Module):
         sides = all(side > 0 and side % STEP == 0 for side in crop.size)
         if not inside or not sides or not 0 <= background < config.codes:
             raise ValueError("its crop is no part of a map")
+        used, points = values["used"], values["points"]
         code_map = cls(
-            values["used"], values["points"], config.codes, crop, background,
-            stretched=config.original,
+            used, points, config.codes, crop, background, stretched=config.original
         )
-        U, points = len(code_map.used), code_map.points
+        U = len(used)
         if not U == (code_map.rank >= 0).sum() > 0:
             raise ValueError("its codes are not those of the codebook")
         if not code_map.even and points.shape != (U, config.map_channels):
@@ -459,8 +451,8 @@ class Generator(nn.Module):
         widths = [8 * width, 4 * width, 2 * width, width] + [max(1, width // 2)] * (not classic)
         layers = []
         for i, out in enumerate(widths):
-            up = UpTo(ins, out, sizes[i], bias=False) if i else FromOne(ins, out, sizes[0])
-            layers += [up, nn.BatchNorm2d(out), nn.ReLU()]
+            kind = UpTo if i else FromOne
+            layers += [kind(ins, out, sizes[i], bias=False), nn.BatchNorm2d(out), nn.ReLU()]
             ins = out
         last = UpTo(ins, channels, size) if classic else nn.Conv2d(ins, channels, 3, padding=1)
         self.layers = nn.Sequential(*layers, last, *[nn.Tanh()] * bounded)
@@ -475,12 +467,10 @@ class Generator(nn.Module):
 
 
 class FromOne(nn.ConvTranspose2d):
-    """The transposed convolution of a single cell (B, ins, 1, 1), without bias: a product."""
-
-    def __init__(self, ins: int, outs: int, size: tuple[int, int]):
-        super().__init__(ins, outs, size, bias=False)
+    """The transposed convolution (made with bias=False) of a single cell: a product."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, ins, 1, 1) -> (B, outs, h, w)."""
         weight = self.weight.permute(0, 2, 3, 1)                          # (ins, h, w, outs)
         y = x.flatten(1) @ weight.flatten(1)                              # (B, h*w*outs)
         return y.view(len(x), *weight.shape[1:]).permute(0, 3, 1, 2)      # (B, outs, h, w)
@@ -614,8 +604,7 @@ def noise_of(
 
 @torch.no_grad()
 def in_full_batches(function: Callable, *inputs: Tensor) -> Tensor:
-    """function(*inputs), DRAW_BATCH rows at a time; the result is on the CPU. The last batch is
-    padded.
+    """function(*inputs), DRAW_BATCH rows at a time, the last ones padded; moved to the CPU.
 
     A batch of another size is summed in another order, and a value at the edge of a bin would
     change its code.

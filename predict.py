@@ -37,13 +37,9 @@ def parse():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str):
-        title = help[0].upper() + help[1:] + "."
-        added = commands.add_parser(name, help=help, description=title)
-        if name != "score":
-            added.add_argument(
-                "run", metavar="RUN", help="results folder, seed-* folder or export"
-            )
-            add_options(added, ("device",))
+        added = commands.add_parser(name, help=help, description=f"{help.capitalize()}.")
+        added.add_argument("run", metavar="RUN", help="results folder, seed-* folder or export")
+        add_options(added, ("device",))
         return added
 
     generate = command("generate", "draw new slices")
@@ -51,17 +47,15 @@ def parse():
     reconstruct = command("reconstruct", "encode and decode given slices")
     evaluate = command("evaluate", "score a run; writes metrics.json, figures and report.html")
     export = command("export", "write a folder to share: safetensors and a model card")
-    score = command("score", "score the slices in any folder beside real ones, without a run")
+    about = "score the slices in any folder beside real ones, without a run"
+    score = commands.add_parser("score", help=about, description=f"{about.capitalize()}.")
     for drawing, folder in ((generate, "generated"), (walk, "interpolated")):
         drawing.add_argument("--n", type=whole, default=16, help="number of slices [16]")
         drawing.add_argument(
             "--seed", type=whole, default=0, help="sample s of seed S is always the same [0]"
         )
-        drawing.add_argument(
-            "--out",
-            default="",
-            help=f"[{folder}/ in the run's folder; for an export, in runs/]",
-        )
+        place = f"[{folder}/ in the run's folder; for an export, in runs/]"
+        drawing.add_argument("--out", default="", help=place)
     generate.add_argument(
         "--level", type=level, metavar="LEVEL",
         help="slice level, 0 lowest to 1 highest; sweep: --n levels of one subject "
@@ -82,7 +76,7 @@ def parse():
         "generator has not seen: for the trained judge and for memorised samples",
     )  # fmt: skip
     score.add_argument("--out", default="", help="JSON file [scores.json in FAKE_DIR]")
-    shared = ("cache", "slices", "axis", "subject_pattern", "allow_slice_split", "samples")
+    shared = "cache", "slices", "axis", "subject_pattern", "allow_slice_split", "samples"
     add_options(score, shared)
     return parser.parse_args()
 
@@ -92,7 +86,7 @@ if __name__ == "__main__":  # a mistyped flag must not wait for the import of to
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -235,10 +229,11 @@ def load_run(path: str | Path, on: str = "auto") -> TrainedRun:
         stamp = saved["stamp"]
     except (KeyError, TypeError, ValueError) as problem:
         raise UserError(Exit.CHECKPOINT, f"{folder / 'config.json'}: {problem}") from None
-    exported = is_export(folder)
-    parts = export.load(folder) if exported else load_checkpoints(folder, config, mine)
-    names = dict.fromkeys(parts, export.WEIGHTS)
-    if not exported:
+    if is_export(folder):
+        parts = export.load(folder)
+        names = dict.fromkeys(parts, export.WEIGHTS)
+    else:
+        parts = load_checkpoints(folder, config, mine)
         names = {name: f"{file}.pt" for name, file in best_of(config).items()}
     codes = parts["codes"]
     with checkpoints.reading(folder / names["codes"]):
@@ -317,7 +312,7 @@ def no_run_in(path: Path, seeds: list[Path]) -> str:
 FEW = 100  # slices: with fewer, `score` says that its numbers are chance
 
 
-def write_slices(folder: Path, parts: Iterator[Tensor]):
+def write_slices(folder: Path, parts: Iterable[Tensor]):
     """Slices (n, 1, 256, 256), part by part -> 00000.png ..., and grid.png of the first 64."""
     folder.mkdir(parents=True, exist_ok=True)
     count, shown = 0, []
@@ -370,7 +365,7 @@ def generate_command(run: TrainedRun, arguments):
         write_slices(folder, parts)
         return
     levels, images = run.sweep(n, arguments.seed)
-    write_slices(folder, iter([images]))
+    write_slices(folder, [images])
     write_strip(folder, images, [f"level {v:.2f}" for v in levels.tolist()], run.stamp)
     if arguments.volume:
         path = folder / "volume.nii.gz"
@@ -382,7 +377,7 @@ def interpolate_command(run: TrainedRun, arguments):
     check_n(arguments.n, 2)
     folder = place_for(arguments, run, "interpolated")
     steps, images = run.walk(arguments.n, arguments.seed)
-    write_slices(folder, iter([images]))
+    write_slices(folder, [images])
     write_strip(folder, images, [f"{v:.2f}" for v in steps.tolist()], run.stamp)
 
 
@@ -475,10 +470,8 @@ def score_command(arguments):
     path = Path(arguments.out) if arguments.out else Path(arguments.fake) / "scores.json"
     check_apart(arguments.real, arguments.fake, arguments.against)
     files.check_writable(path.parent)
-    real, fake = (
-        open_slices(Path(folder), config, subjects)
-        for folder, subjects in ((arguments.real, True), (arguments.fake, False))
-    )
+    real = open_slices(Path(arguments.real), config)
+    fake = open_slices(Path(arguments.fake), config, subjects=False)
     unseen = open_slices(Path(arguments.against), config) if arguments.against else None
     if unseen and (shared := set(real.subjects.tolist()) & set(unseen.subjects.tolist())):
         messages.warn(

@@ -20,10 +20,11 @@ if __name__ == "__main__":  # a mistyped flag must not wait for the import of to
     add_options(PARSER)
     ARGUMENTS = PARSER.parse_args()
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator
+import os
 
 import numpy as np
 import torch
@@ -67,8 +68,7 @@ def train_vqvae(run: Run):
     config, train = run.config, run.data.train
     model = seeded(run.seed, 0, lambda: modules.make_vqvae(config)).to(run.device)
     optimizer = make_optimizer(model, config.optimizer, config.lr, (0.9, 0.999))
-    parts = {"model": model, "optimizer": optimizer}
-    stage = Stage(run, "vqvae", parts)
+    stage = Stage(run, "vqvae", {"model": model, "optimizer": optimizer})
     delay = 0 if config.original else int(config.codebook_delay * stage.steps)
     slices, crop = Feed(train.images, run.device), crop_of(train, config)
     loss = loss_of(train, config)
@@ -81,9 +81,8 @@ def train_vqvae(run: Run):
         images = unit_range(crop.cut(slices[train.rows[batch_rows(stage)]], PIXELS))
         draw = generator_of(run.seed, CROP, stage.step)
         corner = random_corner(*images.shape[2:], config.window_px, draw)
-        values, coded = step(
-            images, device.sent(corner, run.device), quantize=stage.step >= delay
-        )
+        corner = device.sent(corner, run.device)
+        values, coded = step(images, corner, quantize=stage.step >= delay)
         if coded is not None:
             values = values | {"revived": revive_codes(model, *coded, stage)}
         stage.after_step(values, lambda: measure_vqvae(model, stage), lr)
@@ -91,13 +90,7 @@ def train_vqvae(run: Run):
 
 
 def vqvae_step(
-    model: VQVAE,
-    optimizer,
-    config: Config,
-    loss,
-    images: Tensor,
-    corner: Tensor,
-    quantize: bool,
+    model: VQVAE, optimizer, config, loss, images: Tensor, corner: Tensor, quantize: bool
 ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor] | None]:
     """One step on images (B, 1, H, W): eq. 3 of arXiv:1711.00937, then the codebook.
 
@@ -223,33 +216,24 @@ def codes_are_current(run: Run, weights: int) -> bool:
         return False
 
 
-def write_maps(model: VQVAE, run: Run):
-    """Encode every slice of the source into codes.npy. All processes encode, one writes."""
-    parts = index_maps(model, run)
-    if not distributed.is_first():
-        for _ in parts:
-            pass
-        return
-    with files.replacing(run.path("codes.npy")) as temporary, open(temporary, "wb") as file:
-        shape = len(run.data.images), MAP, MAP
-        files.write_npy_header(file, np.uint16, shape)
-        for maps in parts:
-            file.write(maps.tobytes())
-
-
 @torch.no_grad()
-def index_maps(model: VQVAE, run: Run) -> Iterator[np.ndarray]:
-    """Index maps (n, 64, 64) uint16 of every slice of the source, in order, n at a time."""
+def write_maps(model: VQVAE, run: Run):
+    """Write codes.npy (slices, 64, 64) uint16. All processes encode, the first one writes."""
     slices, n = run.data.images, 64 * distributed.count()  # (slices, 256, 256) uint8
+    target = files.replacing(run.path("codes.npy"))
+    if not distributed.is_first():
+        target = contextlib.nullcontext(os.devnull)  # the others only help to encode
 
     def encode(pixels: np.ndarray) -> Tensor:
         return model.encode(unit_range(torch.from_numpy(np.array(pixels)))).short()
 
-    starts = range(0, len(slices), n)
-    for start in messages.progress(starts, total=len(starts), label="index maps"):
-        maps = distributed.in_shares(encode, slices[start : start + n])
-        yield maps.numpy().view(np.uint16)  # a type that torch lacks
-        run.signals.check(lambda: None)
+    with target as path, open(path, "wb") as file:
+        files.write_npy_header(file, np.uint16, (len(slices), MAP, MAP))
+        starts = range(0, len(slices), n)
+        for start in messages.progress(starts, total=len(starts), label="index maps"):
+            maps = distributed.in_shares(encode, slices[start : start + n])
+            file.write(maps.numpy().view(np.uint16).tobytes())  # a type that torch lacks
+            run.signals.check(lambda: None)
 
 
 @torch.no_grad()
@@ -266,10 +250,8 @@ def write_code_map(model: VQVAE, run: Run, weights: int):
     )  # fmt: skip
     U, total = len(code_map.used), metrics.perplexity(counts["train"])
     if U < 2:
-        raise UserError(
-            Exit.DIVERGED,
-            "the codebook collapsed to one code; try a lower --lr or another --seed",
-        )
+        problem = "the codebook collapsed to one code; try a lower --lr or another --seed"
+        raise UserError(Exit.DIVERGED, problem)
     values = {"stage": "codes", **run.fingerprint(), **code_map.saved(), "counts": counts}
     values |= {"vqvae": weights, "maps": checkpoints.checksum(run.path("codes.npy"))}
     values |= {"levels": level_table(data.train.levels)}
@@ -279,9 +261,8 @@ def write_code_map(model: VQVAE, run: Run, weights: int):
 
 def histogram(maps: np.ndarray, rows: np.ndarray, codes: int) -> Tensor:
     """Uses of each code in these rows of maps: (K,) int64."""
-    counts = np.zeros(codes, np.int64)
-    for part in np.array_split(rows, max(1, len(rows) // 1024)):
-        counts += np.bincount(maps[part].ravel(), minlength=codes)
+    parts = np.array_split(rows, max(1, len(rows) // 1024))
+    counts = sum(np.bincount(maps[part].ravel(), minlength=codes) for part in parts)
     return torch.from_numpy(counts)
 
 
@@ -460,7 +441,7 @@ class Monitor:
     def features(self, split: BrainSlices, count: int) -> Tensor:
         """Features (count, F) of evenly spaced slices of a split, 64 in memory at a time."""
         parts = np.array_split(evenly(len(split), count), math.ceil(count / 64))
-        return torch.cat([self.network.features(split.batch(p)) for p in parts if len(p)])
+        return torch.cat([self.network.features(split.batch(part)) for part in parts])
 
     def features_of(self, maps: Tensor) -> Tensor:
         """Features (n, F) of index maps (n, 64, 64), decoded."""
@@ -523,10 +504,8 @@ def run_stages(run: Run, names):
                 if name not in TRAINED or not device.is_out_of_memory(problem):
                     raise
                 flag, size = batch_of(run.config, name)
-                raise UserError(
-                    Exit.MEMORY,
-                    f"out of memory in stage {name}; try {flag} {max(1, size // 2)}",
-                ) from None
+                advice = f"out of memory in stage {name}; try {flag} {max(1, size // 2)}"
+                raise UserError(Exit.MEMORY, advice) from None
 
 
 def batch_of(config: Config, stage: str) -> tuple[str, int]:
@@ -565,10 +544,8 @@ def main(arguments):
     runs.check_out(config)
     data = open_data(config)
     check_enough(data)
-    given = "seed" in arguments, "runs" in arguments
-    folder, seeds = distributed.first(
-        lambda: runs.results_folder(config, data.fingerprint, *given)
-    )
+    given = data.fingerprint, "seed" in arguments, "runs" in arguments
+    folder, seeds = distributed.first(lambda: runs.results_folder(config, *given))
     with runs.writing_alone(folder):
         run = open_seed(folder, config, seeds[0], data)
         with messages.logging_to(run.path("run.log")):

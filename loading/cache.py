@@ -40,28 +40,28 @@ def decoded(config: Config, items: list[Item]) -> tuple[np.ndarray, str, list]:
     """Return the memory map of all slices, its fingerprint, and a table with a row per item.
 
     A row is the item's number of slices, or the reason why it cannot be read. The fingerprint
-    covers every byte of the source, so a copy elsewhere is the same data. Reading every byte
-    takes seconds, so the cache also stores the fingerprint of each listing (names, sizes,
-    times).
+    covers every byte of the source, so a copy elsewhere is the same data.
+    Reading every byte takes seconds, so the cache also stores the fingerprint of each listing
+    (names, sizes, times).
     """
     cache, root = Path(config.cache), Path(config.data).resolve()
     if cache.resolve().is_relative_to(root):
-        raise UserError(
-            Exit.DATA, f"the cache {cache} is inside --data {config.data}; give another --cache"
-        )
+        problem = f"the cache {cache} is inside --data {config.data}; give another --cache"
+        raise UserError(Exit.DATA, problem)
     # Slices in volume files share the window of their series.
     series = [i.series for i in items if i.is_volume and i.series != i.name]
     settings = [CACHE_FORMAT, config.slices, config.axis, *series]
     seen = cache / f"{stable_hash(settings, str(root), _listing(items))}.seen"
-    fingerprint = _seen_fingerprint(seen)
-    if fingerprint and (found := _load(cache / f"{fingerprint}.npy", len(items))):
-        return found[0], fingerprint, found[1]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # unseen, or damaged
+        fingerprint = json.loads(seen.read_text(encoding="utf-8"))["fingerprint"]
+        valid = re.fullmatch("[0-9a-f]{32}", str(fingerprint))
+        if valid and (found := _load(cache / f"{fingerprint}.npy", len(items))):
+            return found[0], fingerprint, found[1]
     check_skipped(config, items, [_header_problem(item, config.axis) for item in items])
     digests, peaks = zip(*_pooled(items, _survey, "reading"), strict=True)
     names = [item.name for item in items]
     fingerprint = stable_hash(settings, list(zip(names, digests, strict=True)))
     peak, greys = max(peaks), set()
-
     ends_of = ends_by_series(items, config.axis)
 
     def read(item: Item):
@@ -111,14 +111,6 @@ def _header_problem(item: Item, axis: int) -> int | str:
         except Unreadable as problem:
             return str(problem)
     return 0
-
-
-def _seen_fingerprint(path: Path) -> str | None:
-    try:
-        fingerprint = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return fingerprint if re.fullmatch("[0-9a-f]{32}", str(fingerprint)) else None
 
 
 def _survey(item: Item) -> tuple[str, int]:

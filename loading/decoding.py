@@ -78,7 +78,7 @@ def letterbox(image: np.ndarray, spacing_mm: tuple[float, float] | None = None) 
     is not resampled.
     """
     height, width = image.shape
-    tall, wide = (height, width) if spacing_mm is None else np.multiply(image.shape, spacing_mm)
+    tall, wide = np.multiply(image.shape, spacing_mm or (1, 1))
     fit = SIDE / max(tall, wide)
     scale = fit if fit < 1 or (spacing_mm is None and fit >= 2) else 1.0
     new = [min(max(round(float(side * scale)), 1), SIDE) for side in (tall, wide)]
@@ -222,15 +222,15 @@ def _volume_slices(path: Path, slices: int, axis: int, ends: Ends | None):
             raise Unreadable(f"{LABELS}, of at most {FEW_VALUES} values")
         # (X,Y,Z) -> (Z,Y,X): first row anterior, first column the patient's right
         stack = window(voxels, ends).transpose(2, 1, 0)[:, ::-1, ::-1]
-        if len(stack) > 1:
-            stack = stack[_spread(stack, slices)]
+        stack = stack[_spread(stack, slices)]
     return stack, (sizes_mm[1], sizes_mm[0])
 
 
 def _is_label_map(voxels: np.ndarray) -> bool:
-    some = voxels.ravel("K")[:: max(1, voxels.size // 2**15)]  # first, since all take longer
-    few = (len(np.unique(v)) <= FEW_VALUES for v in (some, voxels))
-    return voxels.size >= 2**16 and all(few)
+    if voxels.size < 2**16:
+        return False
+    some = voxels.ravel("K")[:: voxels.size // 2**15]  # first, since all take longer
+    return all(len(np.unique(v)) <= FEW_VALUES for v in (some, voxels))
 
 
 def window(voxels: np.ndarray, ends: Ends | None = None) -> np.ndarray:
@@ -251,15 +251,15 @@ def window_ends(volumes: list[np.ndarray]) -> Ends:
     but the most frequent value, if that is at least a tenth of all. Percentiles are taken of a
     volume, or of all slices of a series: by slice, brightness would depend on height.
     """
-    finite = [voxels[np.isfinite(voxels)] for voxels in volumes]
-    values, background = finite[0] if len(finite) == 1 else np.concatenate(finite), 0.0
+    finite, background = [voxels[np.isfinite(voxels)] for voxels in volumes], 0.0
+    values = finite.pop() if len(finite) == 1 else np.concatenate(finite)
+    del finite  # the copies would add to the peak of memory
     if (values < 0).sum() <= NEGATIVE * values.size:
         values = values[values > 0]
     else:
         common, counts = np.unique(values, return_counts=True)
-        background = (
-            float(common[counts.argmax()]) if counts.max() > values.size / 10 else np.nan
-        )
+        most = counts.argmax()
+        background = float(common[most]) if counts[most] > values.size / 10 else np.nan
         values = values[values != background]
     ends = np.percentile(values, (0.5, 99.5), overwrite_input=True) if values.size else (0, 0)
     low, high = map(float, ends)

@@ -1,9 +1,9 @@
 """Makes the embedded data set: synthetic subjects, deformed from one real brain template.
 
-In: the numbers of a split and a subject. Out: that subject's axial slices, uint8
-(slices,256,256). The template is MNI152 (ICBM 2009a nonlinear symmetric, Fonov et al. 2011),
-which comes with nilearn. Each subject has a random smooth deformation, pose, tissue contrast,
-sharpness, bias field and noise. The same numbers give the same subject on every call.
+In: the numbers of a split and a subject. Out: slices uint8 (slices,256,256), lowest first.
+The template is MNI152 (ICBM 2009a nonlinear symmetric, Fonov et al. 2011), which comes with
+nilearn. Each subject has a random smooth deformation, pose, tissue contrast, sharpness, bias
+field and noise. The same numbers of split and subject give the same slices on every call.
 """
 
 import functools
@@ -53,10 +53,8 @@ class _Person:
     def __init__(self, random: np.random.Generator):
         # Three scales: head, lobes, gyri. Most coefficients are below 0.4 of their spacing;
         # then a cubic B-spline deformation cannot fold (Choi & Lee 2000).
-        self.warps = [
-            _Field(random, spacing_mm, sd_mm, components=3)
-            for spacing_mm, sd_mm in ((52, 8.0), (26, 4.2), (13, 2.4))
-        ]
+        scales_mm = (52, 8.0), (26, 4.2), (13, 2.4)  # spacing and standard deviation
+        self.warps = [_Field(random, spacing, sd, components=3) for spacing, sd in scales_mm]
         self.folds = _Field(random, 7, 1.5, components=2)
         self.bias = _Field(random, 70, 0.12)
         angles_rad = random.normal(0, np.radians((2.5, 2, 2.5))) * (1, -1, 1)
@@ -149,10 +147,7 @@ def _framed(signal: np.ndarray, inside: np.ndarray) -> np.ndarray:
 @functools.cache
 def _atlas() -> tuple[np.ndarray, ...]:
     """Return grey matter, white matter, T1 texture and brain mask: float32 (197,233,189)."""
-    grey, white, t1 = (
-        np.asanyarray(nibabel.load(_template_path(kind)).dataobj) / np.float32(255)
-        for kind in ("gm", "wm", "t1")
-    )
+    grey, white, t1 = map(_template, ("gm", "wm", "t1"))
     mask = ndimage.binary_fill_holes(t1 > 0).astype(np.float32)
     # Texture is T1 that the tissues do not explain: deep nuclei, brain stem, shades of cortex.
     inside = mask > 0
@@ -162,13 +157,13 @@ def _atlas() -> tuple[np.ndarray, ...]:
     return grey, white, texture, mask
 
 
-def _template_path(kind: str) -> Path:
-    """Return the path of a file in nilearn. Importing nilearn would take seconds."""
+def _template(kind: str) -> np.ndarray:
+    """Return one of nilearn's images, 0 to 1. Importing nilearn would take seconds."""
     spec = importlib.util.find_spec("nilearn")
     path = Path(spec.submodule_search_locations[0], _FILE.format(kind)) if spec else None
     if path is None or not path.is_file():
         raise ImportError("nilearn's MNI152 template is missing: pip install nilearn")
-    return path
+    return np.asanyarray(nibabel.load(path).dataobj) / np.float32(255)
 
 
 def _sample(channel: np.ndarray, positions: np.ndarray, order: int = 1) -> np.ndarray:

@@ -14,27 +14,26 @@ from config import Config, Exit, UserError
 from loading.decoding import VOLUMES
 from support.messages import printable
 
-_COURSE = r"case_\d{3}(?=_(?:slice|week)_\d)"  # OASIS slices of the keras_slices sets
 _IDS = (
     r"OAS[12]_\d{4}|OAS[34]\d{4}|\d{3}_S_\d{4,5}|IXI\d{3}|TCGA-\w\w-\w{4}|sub-[a-z0-9]+|"
-    + _COURSE
+    r"case_\d{3}(?=_(?:slice|week)_\d)"  # OASIS slices of the keras_slices sets
 )
 _WORDS = r"(?:subject|subj|sub|patient|participant|person|pat|pt|case)[-_ ]?\d+"
 KNOWN = rf"(?i)(?<![a-z0-9])(?:sub-)?({_IDS})"  # OASIS, ADNI, IXI, TCGA and BIDS
 KNOWN_OR_WORD = rf"(?i)(?<![a-z0-9])(?:sub-)?({_IDS}|{_WORDS})"
 WORD = rf"(?i)(?<![a-z0-9])({_WORDS})"
 # A number after one of these words counts something else than persons.
-_SLICES = "slice slc sl z img image frame ax axial"
+_SLICES = "slice|slc|sl|z|img|image|frame|ax|axial"
 _NO_PERSON = (
-    "class stage grade fold group batch part disc disk site set dataset center cohort "
-    "visit v ses session scan run rep echo time timepoint tp t pd week w month m year y day d "
-    f"mr mpr im i {_SLICES}"
-).split()
+    "class|stage|grade|fold|group|batch|part|disc|disk|site|set|dataset|center|cohort|"
+    "visit|v|ses|session|scan|run|rep|echo|time|timepoint|tp|t|pd|week|w|month|m|year|y|day|d|"
+    f"mr|mpr|im|i|{_SLICES}"
+)
 _DATE = re.compile(  # with a time, if one follows
     r"(?<!\d)(?:19|20)\d\d([-_.]?)[01]\d\1[0-3]\d(?:[-_ T]?\d\d[-_.:]?\d\d[-_.:]?\d\d(\.\d+)?)?"
 )
-_COUNT = re.compile(rf"(?i)(?<![a-z])(?:{'|'.join(_NO_PERSON)})[-_ ]?\d+")
-_SLICE = re.compile(rf"(?i)(?<![a-z])(?:{_SLICES.replace(' ', '|')})[-_ ]?\d+")
+_COUNT = re.compile(rf"(?i)(?<![a-z])(?:{_NO_PERSON})[-_ ]?\d+")
+_SLICE = re.compile(rf"(?i)(?<![a-z])(?:{_SLICES})[-_ ]?(\d+)")
 _CONTRAST = re.compile(r"(?<![A-Za-z0-9])T[12](?=[a-z]*(?![a-z0-9]))")  # T1w is no slice 1
 FILE = "the file name"  # in which a reading finds the person
 DOUBTED = 8  # times more persons by another reading: ask
@@ -83,19 +82,18 @@ def who(names: list[str], config: Config) -> Reading | None:
     if config.subject_pattern:
         found = Reading(names, "--subject-pattern", _checked(config.subject_pattern))
         if not found.complete:
-            raise UserError(
-                Exit.DATA, f"--subject-pattern finds no subject in {found.first_without()}"
-            )
+            problem = f"--subject-pattern finds no subject in {found.first_without()}"
+            raise UserError(Exit.DATA, problem)
         return found
     known = Reading(names, "a known name", KNOWN)
     if any(known.keys) and not known.complete:
         known = Reading(names, "a known name", KNOWN_OR_WORD)
-    if any(known.keys) and not known.complete:
-        raise UserError(
-            Exit.DATA,
-            f"{known.first_without()} holds no known subject number, and other paths do: move "
-            "it away, or give --subject-pattern",
-        )
+        if not known.complete:
+            raise UserError(
+                Exit.DATA,
+                f"{known.first_without()} holds no known subject number, and other paths do: "
+                "move it away, or give --subject-pattern",
+            )
     if known.complete and not _recurs(known):
         _check_one_each(names)
         # sub-01 and case_1 in small letters, numbers of archives in capitals
@@ -283,22 +281,18 @@ def series(names: list[str], subjects: list[str]) -> list[str]:
     """
     plain = [_CONTRAST.sub(lambda m: "T" + "ab"[m[0] == "T2"], collapsed(n)) for n in names]
     forms = [re.sub(r"\d+", "0", name) for name in plain]
-    taken = defaultdict(set)  # (form, place of the number, subject): its values
+    taken = defaultdict(lambda: defaultdict(set))  # form: place: (subject, number)
     for name, form, subject in zip(plain, forms, subjects, strict=True):
         for place, number in enumerate(re.findall(r"\d+", name)):
-            taken[form, place, subject].add(number)
-    counts = defaultdict(Counter)
-    for (form, place, _), values in taken.items():
-        counts[form][place] += len(values)
-    slice_place = {f: max(found, key=lambda p: (found[p], p)) for f, found in counts.items()}
+            taken[form][place].add((subject, number))
+    slice_place = {f: max(at, key=lambda p: (len(at[p]), p)) for f, at in taken.items()}
     without = []
     for name, form, subject in zip(plain, forms, subjects, strict=True):
-        numbers = list(re.finditer(r"\d+", name))
-        worded = [match.end() for match in _SLICE.finditer(name)]
-        at = [m for m in numbers if worded and m.end() == worded[-1]]
-        at = at or [m for k, m in enumerate(numbers) if k == slice_place[form]]
-        rest = f"{name[: at[0].start()]}*{name[at[0].end() :]}" if at else name
-        without.append(f"{subject}: {rest}")
+        numbers, worded = list(re.finditer(r"(\d+)", name)), list(_SLICE.finditer(name))
+        if numbers:
+            start, end = (worded[-1] if worded else numbers[slice_place[form]]).span(1)
+            name = f"{name[:start]}*{name[end:]}"
+        without.append(f"{subject}: {name}")
     return without
 
 

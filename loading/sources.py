@@ -6,7 +6,6 @@ subject would be in two splits or cannot be told from the names.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -206,8 +205,7 @@ def _raw_scans(names: list[str], ignored: Counter) -> tuple[list[str], str]:
     for preferred, pattern in _PREFERRED:
         if matching := [name for name in volumes if pattern.search(name)]:
             twins = {n.replace("/norm.mgz", "/T1.mgz") for n in matching if "/norm.mgz" in n}
-            chosen = [name for name in matching if name not in twins]
-            kind = preferred
+            chosen, kind = [name for name in matching if name not in twins], preferred
             break
     others = set(names) - set(chosen)
     if contrasts := sum(map(_is_other_contrast, others)):
@@ -253,23 +251,19 @@ def _one_scan_a_session(items: list[Item], ignored: Counter) -> list[Item]:
     """Keep one volume of each session of a subject: no variant if possible, then the first."""
     if not items[0].is_volume:
         return items
-
-    def is_variant(item: Item) -> bool:
-        return bool(_VARIANT.search(item.name))
-
     sessions = defaultdict(list)
     dated = len({people.date(item.name) for item in items}) > 1  # else it is the data set's
     for item in items:
         sessions[item.subject, _session(item, dated)].append(item)
-    kept = set()
+    dropped = set()
     for scans in sessions.values():
-        slices = len(scans) > 1 and _is_slice(scans[0])
-        kept.update(item.name for item in (scans if slices else [min(scans, key=is_variant)]))
-        for item in scans:
-            if item.name not in kept:
-                variant = is_variant(item)
+        if len(scans) > 1 and not _is_slice(scans[0]):
+            scans.remove(next((i for i in scans if not _VARIANT.search(i.name)), scans[0]))
+            for item in scans:
+                dropped.add(item.name)
+                variant = _VARIANT.search(item.name)
                 ignored["variants of a scan" if variant else "repeated scans of a session"] += 1
-    return [item for item in items if item.name in kept]
+    return [item for item in items if item.name not in dropped]
 
 
 def _session(item: Item, dated: bool) -> str:
@@ -342,7 +336,6 @@ _PART = re.compile(
 )
 
 
-@functools.cache
 def _part(folders: str) -> str | None:
     """Return the split that a folder of the path is named after, if any."""
     for folder in folders.split("/"):
@@ -358,9 +351,11 @@ def assign_parts(items: list[Item], config: Config) -> tuple[str, list[str]]:
     """
     how = "by slice" if items[0].subject.startswith(SLICE_KEY) else "by subject"
     placed = [item for item in items if item.part]
-    if "train" in (found := {item.part for item in placed}) and len(found) > 1:
+    found = {item.part for item in placed}
+    if "train" in found and len(found) > 1:
         _check_overlap(placed)
-        _fill_missing_part(placed, config.split_seed)
+        for missing in set(PARTS) - found:  # one at most
+            _fill_part(missing, placed, config.split_seed)
         outside = len(items) - len(placed)
         notes = [f"{outside:,} files outside the split folders are left out"] if outside else []
         return f"{how}, as the folders are named", notes
@@ -408,12 +403,8 @@ def _check_overlap(items: list[Item]):
         )
 
 
-def _fill_missing_part(items: list[Item], seed: int):
-    """If folders name only two parts, move a ninth of the training subjects to the third."""
-    missing = set(PARTS) - {item.part for item in items}
-    if not missing:
-        return
-    (part,) = missing
+def _fill_part(part: str, items: list[Item], seed: int):
+    """Move a ninth of the training subjects to a part that no folder is named after."""
     training = {item.subject for item in items if item.part == "train"}
     if len(training) < 2:
         raise UserError(

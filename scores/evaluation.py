@@ -7,6 +7,8 @@ values. The measures are in `metrics` and `judge`; this file says what is compar
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +26,7 @@ NEAREST = 128  # samples whose nearest test slices are searched
 LEAST = 12  # slices in a set: a judge learns half, and recall needs 5 neighbours
 
 
-def parts_of(
-    measure, split: BrainSlices, indices: np.ndarray | None = None
-) -> Iterator[Tensor]:
+def parts_of(measure, split: BrainSlices, indices=None) -> Iterator[Tensor]:
     """`measure` of the slices of a split (or of `indices`), PART slices at a time."""
     indices = np.arange(len(split)) if indices is None else indices
     for start in range(0, len(indices), PART):
@@ -113,7 +113,7 @@ class Described:
     spectrum: Tensor  # (R,) dB
     near: np.ndarray  # (n,) distances of `layout` to the nearest reference slice
     level_seen: np.ndarray  # (n,) slice level of that reference slice
-    pairs: float = math.nan  # mean MS-SSIM of random pairs
+    pairs: float  # mean MS-SSIM of random pairs; NaN unless the set is one of KINDS
 
 
 class Scorer:
@@ -151,7 +151,7 @@ class Scorer:
         """Describe a set of slices (n, 1, 256, 256). levels (n,): NaN if unknown."""
         spaces = {space: f(images).numpy() for space, f in self.spaces.items()}
         near, rows = metrics.nearest_features(spaces["layout"], self.bank)
-        self.sets[name] = found = Described(
+        self.sets[name] = Described(
             levels=np.asarray(levels),
             spaces=spaces,
             near=near,
@@ -159,54 +159,47 @@ class Scorer:
             areas=metrics.tissue_areas(images, self.thresholds),
             judged=judge.prepared(images, self.crop),
             spectrum=metrics.radial_spectrum(images),
+            pairs=metrics.ms_ssim_of_pairs(images) if name in KINDS else math.nan,
         )
-        if name in KINDS:
-            found.pairs = metrics.ms_ssim_of_pairs(images)
 
-    def each(
-        self, measure: Callable[[Described], float], unseen: bool = False
-    ) -> dict[str, float]:
-        """`measure` of every kind that was added; unseen: also of people in "test"."""
-        kinds = {kind: kind for kind in KINDS} | ({"unseen_people": "test"} if unseen else {})
-        return {k: float(measure(self.sets[s])) for k, s in kinds.items() if s in self.sets}
+    def each(self, measure: Callable[[Described], Any], unseen: str = "") -> dict[str, Any]:
+        """`measure` of every kind that was added; unseen: also of this set of other people."""
+        kinds = dict(zip(KINDS, KINDS, strict=True)) | {"unseen_people": unseen}
+        return {k: measure(self.sets[s]) for k, s in kinds.items() if s in self.sets}
 
     def fd(self, space: str, against: str) -> dict[str, float]:
-        """Relative FD in a space of features."""
+        """Relative FD in a space of features; empty if the set `against` was not added."""
+        if against not in self.sets:
+            return {}
         target, unit = self.sets[against].spaces[space], self.units[space]
         return self.each(
             lambda s: metrics.frechet_distance(s.spaces[space], target) / unit,
-            unseen=against == "train",
+            unseen="test" if against == "train" else "",
         )
 
-    def overlap(self, space: str) -> dict[str, dict[str, float]]:
-        """Precision, recall, coverage: measure -> kind -> number."""
+    def compared(self, space: str, prefix: str) -> dict[str, dict[str, float]]:
+        """FD to each set of real people; precision, recall, coverage. Names get the prefix."""
+        scores = {f"fd_{against}": self.fd(space, against) for against in ("train", *UNSEEN)}
         target = self.sets["train"].spaces[space]
-        found = {
-            kind: metrics.prdc(target, self.sets[kind].spaces[space])
-            for kind in KINDS
-            if kind in self.sets
-        }
-        names = ("precision", "recall", "coverage")
-        return {name: {k: values[name] for k, values in found.items()} for name in names}
+        found = self.each(lambda s: metrics.prdc(target, s.spaces[space]))
+        for name in ("precision", "recall", "coverage"):
+            scores[name] = {kind: values[name] for kind, values in found.items()}
+        return {prefix + name: values for name, values in scores.items()}
 
     def classifier(self) -> dict[str, float]:
         """Held-out AUC of reference slices against others, folds by subject.
 
         Empty if all reference slices are of one subject, or no fold has both sides.
         """
-        subjects = {k: self.source.subjects[self.rows[k]] for k in ("train", "real")}
-        if min(len(set(names.tolist())) for names in subjects.values()) < 2:
+        train, real = (self.source.subjects[self.rows[name]] for name in ("train", "real"))
+        if min(len(np.unique(train)), len(np.unique(real))) < 2:
             return {}
-        train = self.sets["train"].spaces["texture"]
+        features = {name: found.spaces["texture"] for name, found in self.sets.items()}
+        groups = {"generated": None, "reconstruction": real, "real": real}
         scores = {
-            kind: metrics.c2st_auc(
-                train,
-                self.sets[kind].spaces["texture"],
-                subjects["train"],
-                None if kind == "generated" else subjects["real"],
-            )
-            for kind in KINDS
-            if kind in self.sets
+            kind: metrics.c2st_auc(features["train"], features[kind], train, of_kind)
+            for kind, of_kind in groups.items()
+            if kind in features
         }
         return {kind: score for kind, score in scores.items() if not math.isnan(score)}
 
@@ -216,14 +209,10 @@ class Scorer:
         Controls: "planted_copies" are reference slices (distance 0); "reconstruction"s of
         them are the best copies that the decoder can draw.
         """
-        kinds = {"generated": "generated", "reconstruction": "reconstruction"}
-        kinds |= {"unseen_people": "validation", "planted_copies": "real"}
         limit = self.sets["test"].near
-        return {
-            name: metrics.memorised_share(self.sets[kind].near, limit)
-            for name, kind in kinds.items()
-            if kind in self.sets
-        }
+        found = self.each(lambda s: metrics.memorised_share(s.near, limit), "validation")
+        found["planted_copies"] = found.pop("real")  # "real" are reference slices
+        return found
 
     def judge_auc(self) -> dict[str, dict[str, float]]:
         """AUC of trained judges on unseen people, by the set of these people.
@@ -233,18 +222,19 @@ class Scorer:
         rows = np.setdiff1d(np.arange(len(self.source)), self.rows["real"])
         rows = np.random.default_rng(2).permutation(rows)[:JUDGED]
         real = in_parts(lambda x: judge.prepared(x, self.crop), self.source, rows)
-        unseen = {name: self.sets[name].judged for name in UNSEEN if name in self.sets}
+        unseen = {
+            f"judge_auc_{name}": self.sets[name].judged for name in UNSEEN if name in self.sets
+        }
         aucs = {name: {} for name in unseen}
         for kind in KINDS:
-            if kind not in self.sets:
-                continue
-            judges = judge.JUDGES if kind == "generated" else 2
-            found = judge.judged(real, self.sets[kind].judged, unseen, judges)
-            for name, (auc, error) in found.items():
-                aucs[name][kind] = auc
-                if kind == "generated":
-                    aucs[name]["standard_error"] = error
-        return {f"judge_auc_{name}": values for name, values in aucs.items()}
+            if kind in self.sets:
+                judges = judge.JUDGES if kind == "generated" else 2
+                found = judge.judged(real, self.sets[kind].judged, unseen, judges)
+                for name, (auc, error) in found.items():
+                    aucs[name][kind] = auc
+                    if kind == "generated":
+                        aucs[name]["standard_error"] = error
+        return aucs
 
     def morphometry(self) -> dict[str, float]:
         """Distance of tissue areas from reference slices, divided by that of halves of people.
@@ -255,14 +245,11 @@ class Scorer:
         subjects = self.source.subjects
         if len(people := np.unique(subjects)) < 2:
             return {}
-        known = [self.source.levels, *(s.levels for s in self.sets.values())]
-        unknown = not all(np.isfinite(levels).all() for levels in known)
-
-        def distance(a, b, levels, others) -> float:
-            pair = (np.full(len(x), math.nan) if unknown else x for x in (levels, others))
-            return metrics.area_distance(a, b, *pair)
-
         levels = self.source.levels
+        all_levels = np.concatenate([levels, *(s.levels for s in self.sets.values())])
+        known = np.isfinite(all_levels).all()
+        bins = {} if known else {"bins": 1}  # then all levels count as equal
+        distance = partial(metrics.area_distance, **bins)
         areas = in_parts(
             lambda x: torch.from_numpy(metrics.tissue_areas(x, self.thresholds)), self.source
         ).numpy()
@@ -274,8 +261,7 @@ class Scorer:
             halves.append(distance(areas[a], areas[b], levels[a], levels[b]))
         train, unit = self.sets["train"], float(np.mean(halves))
         return self.each(
-            lambda s: distance(s.areas, train.areas, s.levels, train.levels) / unit,
-            unseen=True,
+            lambda s: distance(s.areas, train.areas, s.levels, train.levels) / unit, "test"
         )
 
     def spectrum(self) -> dict[str, float]:
@@ -294,28 +280,22 @@ class Scorer:
         def error(found: Described) -> float:
             errors = np.abs(found.level_seen - found.levels)
             known = np.isfinite(errors)
-            return errors[known].mean() if known.any() else math.nan
+            return float(errors[known].mean()) if known.any() else math.nan
 
-        found = self.each(error, unseen=True)
+        found = self.each(error, "test")
         if math.isnan(found.get("generated", math.nan)):
             return {}
         return {k: v for k, v in found.items() if k in ("generated", "unseen_people")}
 
     def all(self) -> dict:
         """Every score that these sets allow."""
-        prefixes = {"texture": "", "layout": "layout_", "fine": "fine_"}
-        train, result = self.sets["train"].spaces["texture"], {"n": self.n}
-        for space in self.spaces:
-            prefix, targets = prefixes[space], ("train", *(UNSEEN if space != "fine" else ()))
-            for against in targets:
-                if against in self.sets:
-                    result[f"{prefix}fd_{against}"] = self.fd(space, against)
-            if space == "fine":
-                continue
-            result |= {f"{prefix}{name}": row for name, row in self.overlap(space).items()}
+        result = {"n": self.n} | self.compared("texture", prefix="")
+        result["fine_fd_train"] = self.fd("fine", "train")
+        result |= self.compared("layout", prefix="layout_")
         if "reconstruction" in self.sets:
             own = self.fd("fine", "reconstruction")["generated"]
             result["fine_fd_reconstruction"] = {"generated": own}
+        train = self.sets["train"].spaces["texture"]
         standard = StandardScaler().fit(train).transform
         result["kid_train"] = self.each(
             lambda s: metrics.kid(standard(s.spaces["texture"]), standard(train))
@@ -387,25 +367,17 @@ def evaluate(run, data: Data) -> dict:
         )
         for kind, some in shown.items()
     }
-    one = shown["generated"][:1]
-    generation["as_the_original_counts_it"] = as_the_original_counts_it(one, data)
-    result = {
+    one = shown["generated"][:1]  # the original project compares one sample
+    ssims = in_parts(lambda x: metrics.ssim(one.expand_as(x), x), data.test)
+    mean, above = ssims.mean().item(), (ssims > 0.6).float().mean().item()
+    generation["as_the_original_counts_it"] = {"mean": mean, "share_above": above}
+    return {
         "seed": run.seed,
         "stamp": run.stamp,
         "reconstruction": reconstruction,
         "codebook": codebook,
         "generation": generation,
-    }
-    result["peak_memory_mb"] = round(device.peak_memory_mb())
-    return result
-
-
-def as_the_original_counts_it(one: Tensor, data: Data) -> dict[str, float]:
-    """The original project's count: SSIM of one sample (1, 1, 256, 256) to each test slice."""
-    scores = in_parts(lambda x: metrics.ssim(one.expand_as(x), x), data.test)
-    return {
-        "mean": scores.mean().item(),
-        "share_above": (scores > 0.6).float().mean().item(),
+        "peak_memory_mb": round(device.peak_memory_mb()),
     }
 
 
@@ -421,8 +393,8 @@ def score_folders(
     is less. unseen: slices of other people; without them, scores that need them are left out.
     Raises UserError (exit 3) if there are too few slices.
     """
-    sizes = [len(fake), len(real) // 2] + ([len(unseen)] if unseen else [])
-    n = min(*sizes, config.samples)
+    sets = {"generated": fake} | ({"test": unseen} if unseen else {})
+    n = min(config.samples, len(real) // 2, *map(len, sets.values()))
     if n < LEAST:
         raise UserError(
             Exit.DATA,
@@ -433,10 +405,9 @@ def score_folders(
     heads = np.maximum(real.brightest(), fake.brightest())
     scorer = Scorer(real, n, Crop.around_heads(heads))
     draw = np.random.default_rng(1)
-    for name, split in (("generated", fake), ("test", unseen)):
-        if split:
-            rows = draw.permutation(len(split))[:n]
-            scorer.add(name, split.batch(rows), split.levels[rows])
+    for name, split in sets.items():
+        rows = draw.permutation(len(split))[:n]
+        scorer.add(name, split.batch(rows), split.levels[rows])
     return scorer.all()
 
 
@@ -504,31 +475,24 @@ READING = {
 }
 
 
-def generation_rows(generation: dict) -> list[tuple[str, list[str]]]:
+def generation_rows(generation: dict) -> Iterator[tuple[str, list[str]]]:
     """Name and four cells (generated, reconstruction, real, unseen people) of every score.
 
     A cell is "" if there is no such reference.
     """
-    kinds, rows = (*KINDS, "unseen_people"), []
+    kinds = (*KINDS, "unseen_people")
     for name in LABELS:
         if name in generation:
             values = generation[name]
-            cells = [f"{values[k]:.3f}" if k in values else "" for k in kinds]
-            rows.append((name, cells))
-    return rows
+            yield name, [f"{values[k]:.3f}" if k in values else "" for k in kinds]
 
 
 def generation_table(generation: dict) -> str:
     """The scores of generated slices as text."""
-    lines = [
-        f"generation, {generation['n']} slices of each kind:",
-        f"  {'':<46}{'generated':>12}{'reconstr.':>12}{'real':>10}{'unseen people':>15}",
-    ]
-    for name, (generated, reconstructed, real, unseen) in generation_rows(generation):
-        lines.append(
-            f"  {LABELS[name]:<46}{generated:>12}{reconstructed:>12}{real:>10}{unseen:>15}"
-        )
-    return "\n".join(lines)
+    rows = [("", ["generated", "reconstr.", "real", "unseen people"])]
+    rows += [(LABELS[name], cells) for name, cells in generation_rows(generation)]
+    lines = [f"  {label:<46}{a:>12}{b:>12}{c:>10}{d:>15}" for label, (a, b, c, d) in rows]
+    return "\n".join([f"generation, {generation['n']} slices of each kind:", *lines])
 
 
 def table(result: dict) -> str:
@@ -537,15 +501,13 @@ def table(result: dict) -> str:
     lines = [f"reconstruction, {r['n']} test slices, mean (sd):"]
     for name, label in IMAGE_LABELS.items():
         lines.append(f"  {label:<26} {r[name]['mean']:8.4f} ({r[name]['sd']:.4f})")
+    s, copies = g["as_the_original_counts_it"], g["memorised_share"]["planted_copies"]
     lines += [
         f"codebook: {c['used']} of {c['codes']} used, perplexity {c['perplexity']:.1f}, "
         f"{c['bits_per_pixel']:.3f} bits per pixel",
         generation_table(g),
+        f"  memorised share of planted training slices, a control: {copies:.3f}",
+        "  one sample against every test slice, as the original project counts it: mean SSIM "
+        f"{s['mean']:.3f}, {100 * s['share_above']:.0f} % above 0.6",
     ]
-    s, copies = g["as_the_original_counts_it"], g["memorised_share"]["planted_copies"]
-    lines.append(f"  memorised share of planted training slices, a control: {copies:.3f}")
-    lines.append(
-        f"  one sample against every test slice, as the original project counts it: mean SSIM "
-        f"{s['mean']:.3f}, {100 * s['share_above']:.0f} % above 0.6"
-    )
     return "\n".join(lines)

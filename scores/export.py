@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from config import VERSION, Config, Exit, UserError
-from scores import evaluation, figures
+from scores import figures
+from scores.evaluation import IMAGE_LABELS, LABELS, generation_rows
 from support import checkpoints, files
 
 WEIGHTS, EXAMPLE = "model.safetensors", "example.png"
@@ -169,12 +170,10 @@ def model_card(run) -> str:
     near = g["memorised_share"]
     share, copies = (f"{100 * near[k]:.1f} %" for k in ("generated", "planted_copies"))
     counts = [(p, data["subjects"][p], data["slices"][p]) for p in data["subjects"]]
-    generation = [
-        (evaluation.LABELS[name], *cells) for name, cells in evaluation.generation_rows(g)
-    ]
+    generation = [(LABELS[name], *cells) for name, cells in generation_rows(g)]
     reconstruction = [
         (label, f"{r[name]['mean']:.3f}", f"{r[name]['sd']:.3f}")
-        for name, label in evaluation.IMAGE_LABELS.items()
+        for name, label in IMAGE_LABELS.items()
     ]
     made_up = (
         "\nFine texture is typical, not true, in reconstructions too: the decoder learned it"

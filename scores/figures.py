@@ -179,11 +179,7 @@ def generated(
 
 
 def nearest(
-    samples: Array,
-    neighbours: Array,
-    distances: Sequence[float],
-    columns: int = 8,
-    stamp: str = "",
+    samples: Array, neighbours: Array, distances: list[float], columns: int = 8, stamp: str = ""
 ) -> Figure:
     """Generated slices, each above its nearest training slice, with the distance."""
     layers = [Layer("generated", samples), Layer("nearest training", neighbours)]

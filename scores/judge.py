@@ -65,18 +65,18 @@ def prepared(images: Tensor, crop: Crop) -> Tensor:
 
 
 def judged(
-    real: Tensor, samples: Tensor, unseen: dict[str, Tensor], judges: int = JUDGES
+    real: Tensor, samples: Tensor, unseen: dict[str, Tensor], judges: int
 ) -> dict[str, tuple[float, float]]:
-    """Mean AUC of several networks and its standard error, for each set of unseen people.
+    """Mean AUC of `judges` networks and its standard error, for each set of unseen people.
 
     All sets are `prepared`. 0.5: samples cannot be told from real slices; 1: always.
     """
     scores = {name: [] for name in unseen}
     for seed in range(judges):
         order = torch.randperm(len(samples), generator=generator_of(seed, 0))
-        shown, hidden = order.chunk(2)
-        judge = trained_judge(real, samples[shown], seed)
-        of_hidden = judge_scores(judge, samples[hidden])
+        shown, hidden = samples[order].chunk(2)
+        judge = trained_judge(real, shown, seed)
+        of_hidden = judge_scores(judge, hidden)
         for name, people in unseen.items():
             of_people = judge_scores(judge, people)
             truth = np.repeat([0, 1], [len(of_hidden), len(of_people)])
@@ -99,8 +99,8 @@ def trained_judge(real: Tensor, fake: Tensor, seed: int) -> Judge:
     truth = torch.cat([torch.ones(half), torch.zeros(half)])
     for step in messages.progress(range(steps), total=steps, label=f"judge {seed}"):
         draw = generator_of(seed, 1 + step)
-        rows = [torch.randint(len(x), (half,), generator=draw) for x in (real, fake)]
-        batch = augmented(torch.cat([real[rows[0]], fake[rows[1]]]).float() / 255, draw)
+        drawn = [x[torch.randint(len(x), (half,), generator=draw)] for x in (real, fake)]
+        batch = augmented(torch.cat(drawn).float() / 255, draw)
         with device.autocast(torch.device("cpu"), "auto"):
             scores = judge(batch)
         loss = F.binary_cross_entropy_with_logits(scores.float(), truth)

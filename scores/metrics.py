@@ -9,7 +9,7 @@ h w a smaller map, F features, K codes, R rings of a spectrum.
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytorch_msssim
@@ -48,14 +48,6 @@ def check_images(x: Tensor, name: str = "images"):
         )
 
 
-def check_pair(x: Tensor, y: Tensor):
-    """`check_images` for both. Shapes must be equal, so that nothing is broadcast."""
-    check_images(x, "first images")
-    check_images(y, "second images")
-    if x.shape != y.shape:
-        raise ValueError(f"images differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
-
-
 def as_features(a, name: str = "features") -> np.ndarray:
     """(N,F) float64, from a tensor or array. Raises ValueError unless finite and 2 <= N."""
     a = np.asarray(a.detach().cpu() if isinstance(a, Tensor) else a, dtype=np.float64)
@@ -70,6 +62,7 @@ def as_features(a, name: str = "features") -> np.ndarray:
 
 GAUSSIAN = tuple(math.exp(-((i - 5) ** 2) / (2 * 1.5**2)) for i in range(11))  # SSIM's window
 BOX = (1.0,) * 5
+LIBRARY = {"data_range": 1, "size_average": False}  # options of pytorch-msssim
 
 
 @cache  # a captured CUDA graph reads this address
@@ -140,8 +133,11 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _per_image(core, x: Tensor, y: Tensor, smallest: int) -> Tensor:
-    """`core` on micro-batches, after checks."""
-    check_pair(x, y)
+    """`core` on micro-batches, after checks. Shapes must be equal: nothing is broadcast."""
+    check_images(x, "first images")
+    check_images(y, "second images")
+    if x.shape != y.shape:
+        raise ValueError(f"images differ in shape: {tuple(x.shape)} and {tuple(y.shape)}")
     if min(x.shape[2:]) < smallest:
         raise ValueError(f"images are {tuple(x.shape[2:])}: at least {smallest} pixels needed")
     return in_micro_batches(core, x, y)
@@ -159,16 +155,12 @@ def reported_ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Without these checks that library returns wrong scores for uint8 or data_range=255.
     """
-    return _per_image(_library(pytorch_msssim.ssim), x, y, 11)
+    return _per_image(partial(pytorch_msssim.ssim, **LIBRARY), x, y, 11)
 
 
 def reported_ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """MS-SSIM (N,), five scales, over the full frame by pytorch-msssim."""
-    return _per_image(_library(pytorch_msssim.ms_ssim), x, y, 161)
-
-
-def _library(measure):
-    return lambda x, y: measure(x, y, data_range=1, size_average=False)
+    return _per_image(partial(pytorch_msssim.ms_ssim, **LIBRARY), x, y, 161)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -178,7 +170,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """Multi-scale SSIM (N,), five scales, over the full frame."""
-    return _per_image(_ms_ssim_core, x, y, 161)
+    return _per_image(_ms_ssim_core, x, y, 176)  # 11 pixels at the last scale
 
 
 def ssim_in_brain(x: Tensor, y: Tensor) -> Tensor:
@@ -298,9 +290,8 @@ def prdc(real, fake, k: int = 5) -> dict[str, float]:
     radius_real = np.sort(cdist(real, real), 1)[:, k]                  # (N,)
     radius_fake = np.sort(cdist(fake, fake), 1)[:, k]                  # (N,)
     apart = cdist(real, fake)                                          # (N,N)
-    inside = apart <= radius_real[:, None]
     return {
-        "precision": float(inside.any(0).mean()),
+        "precision": float((apart <= radius_real[:, None]).any(0).mean()),
         "recall": float((apart <= radius_fake[None]).any(1).mean()),
         "coverage": float((apart.min(1) <= radius_real).mean()),
     }
@@ -330,9 +321,11 @@ def c2st_auc(real, fake, groups_real, groups_fake=None) -> float:
     one side only is left out; NaN if all are.
     """
     real, fake = as_features(real, "real features"), as_features(fake, "fake features")
-    own = [f"fake {i}" for i in range(len(fake))] if groups_fake is None else groups_fake
-    groups = np.array([str(g) for g in [*groups_real, *own]])
-    folds = min(5, len(set(map(str, groups_real))), len(set(map(str, own))))
+    mine = [str(group) for group in groups_real]
+    if groups_fake is None:
+        groups_fake = (f"fake {i}" for i in range(len(fake)))
+    others = [str(group) for group in groups_fake]
+    groups, folds = np.array(mine + others), min(5, len(set(mine)), len(set(others)))
     if len(groups) != len(real) + len(fake) or folds < 2:
         raise ValueError("c2st: one group per slice and at least 2 groups on each side needed")
     x, y = np.concatenate([real, fake]), np.repeat([0, 1], [len(real), len(fake)])
@@ -429,19 +422,16 @@ def area_distance(areas, other, levels, other_levels, bins: int = 8) -> float:
     levels (N,), other_levels (M,): slice levels, compared in `bins` ranges, or all together if
     one of them is unknown (NaN) or no range has slices of both.
     """
-    both = [np.asarray(levels), np.asarray(other_levels)]
-    if not all(np.isfinite(x).all() for x in both):
-        both, bins = [np.zeros(len(x)) for x in both], 1
-    ranges = [np.minimum(x * bins, bins - 1).astype(int) for x in both]
+    levels, other_levels = np.asarray(levels), np.asarray(other_levels)
+    mine, theirs = (np.floor(np.minimum(x * bins, bins - 1)) for x in (levels, other_levels))
+    shared = np.intersect1d(mine, theirs)
+    if not len(shared) or np.isnan(mine).any() or np.isnan(theirs).any():
+        mine, theirs, shared = np.zeros(len(areas)), np.zeros(len(other)), [0]
     distances = [
-        wasserstein_distance(areas[ranges[0] == k, t], other[ranges[1] == k, t])
-        for k in range(bins)
+        wasserstein_distance(areas[mine == k, t], other[theirs == k, t])
+        for k in shared
         for t in range(areas.shape[1])
-        if (ranges[0] == k).any() and (ranges[1] == k).any()
     ]
-    if not distances:
-        unknown = (np.full(len(x), math.nan) for x in both)
-        return area_distance(areas, other, *unknown)
     return float(np.mean(distances))
 
 

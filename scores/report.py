@@ -8,7 +8,6 @@ stands where; this file gives the values. File names come from users: the templa
 import base64
 import shlex
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +31,13 @@ LABELS = evaluation.IMAGE_LABELS | evaluation.LABELS
 def page(folder: Path, run, data: Data) -> str:
     """The page of a results folder as text. run: the best one, or None."""
     results = files.read_json(folder / "results.json")
+    # The best first, those without a rank last.
+    runs = sorted(results["runs"], key=lambda row: (row.get("rank") is None, row.get("rank")))
     shown = {
         "name": folder.resolve().name,
         "stamp": data.stamp,
         "results": results,
-        "runs": ranked(results["runs"]),
+        "runs": runs,
         "labels": LABELS,
         "data": data.report,
         "skipped_shown": SKIPPED,
@@ -54,11 +55,6 @@ def page(folder: Path, run, data: Data) -> str:
 
 
 # --- numbers and words --------------------------------------------------------------------
-
-
-def ranked(rows: list[dict]) -> list[dict]:
-    """Rows of results.json, the best first, those without a rank last."""
-    return sorted(rows, key=lambda row: (row.get("rank") is None, row.get("rank")))
 
 
 def scores_of(run) -> dict:
@@ -108,8 +104,12 @@ def command_of(config: Config) -> str:
 
 def save_figures(run, data: Data, rows: list[dict]):
     """Draw every figure of a finished run into its folder `figures`. rows: of log.csv."""
-    folder, stamp = run.folder / "figures", run.stamp
+    folder = run.folder / "figures"
     folder.mkdir(exist_ok=True)
+
+    def save(name: str, draw, *values):
+        files.save_figure(folder / f"{name}.png", lambda: draw(*values, stamp=run.stamp))
+
     chosen = np.linspace(0, len(data.test) - 1, 18).astype(int)
     test = data.test.batch(chosen)
     outputs = run.reconstruct(test)[1]
@@ -119,28 +119,15 @@ def save_figures(run, data: Data, rows: list[dict]):
     bank = evaluation.parts_of(metrics.thumbnails, data.train)
     distances, nearest = metrics.nearest(new, bank, k=1)
     neighbours = data.train.batch(nearest[:, 0])[:, 0].numpy()
-    counts = run.counts[run.code_map.used.cpu()].numpy()
-    drawings = {
-        f"curves_{stage}": partial(figures.curves, rows, stage, stamp)
-        for stage in run.config.trained
-    }
-    drawings |= {
-        "reconstructions": lambda: reconstructions(run, test[:8]),
-        "code_histogram": lambda: figures.code_histogram(
-            counts, metrics.perplexity(run.counts), run.config.codes, stamp
-        ),
-        "generated": lambda: figures.generated(
-            run.ranks(new_maps), drawn, len(run.code_map.used), stamp=stamp
-        ),
-        "nearest_training": lambda: figures.nearest(
-            drawn, neighbours, distances[:, 0].tolist(), stamp=stamp
-        ),
-        "real_beside_generated": lambda: figures.real_beside_generated(
-            real[::2], back[::2], beside, stamp
-        ),
-    }
-    for name, make in drawings.items():
-        files.save_figure(folder / f"{name}.png", make)
+    used, perplexity = run.code_map.used.cpu(), metrics.perplexity(run.counts)
+    counts = run.counts[used].numpy()
+    for stage in run.config.trained:
+        save(f"curves_{stage}", figures.curves, rows, stage)
+    files.save_figure(folder / "reconstructions.png", lambda: reconstructions(run, test[:8]))
+    save("code_histogram", figures.code_histogram, counts, perplexity, run.config.codes)
+    save("generated", figures.generated, run.ranks(new_maps), drawn, len(used))
+    save("nearest_training", figures.nearest, drawn, neighbours, distances[:, 0].tolist())
+    save("real_beside_generated", figures.real_beside_generated, real[::2], back[::2], beside)
 
 
 def reconstructions(run, images: Tensor):

@@ -32,7 +32,7 @@ def row_of(folder: Path, seed: int, n: int) -> dict:
 
 def scored_row(metrics: dict) -> dict:
     """The row of a run, from the values of its metrics.json."""
-    r, g = (metrics[name] for name in ("reconstruction", "generation"))
+    r, g = metrics["reconstruction"], metrics["generation"]
     test = {name: r[name]["mean"] for name in ("ssim", "ssim_in_brain", "psnr_db")}
     names = ("judge_auc_test", "fd_test", "fd_train", "coverage", "recall")
     test |= {name: g[name]["generated"] for name in names}
@@ -66,22 +66,20 @@ def write(folder: Path, rows: dict[int, dict], seeds: range | None = None):
     """
     places = ranks(rows)
     best = next(iter(places), None)
-    done = {s: r for s, r in rows.items() if r["status"] == "done"}
+    done = [row["test"] for row in rows.values() if row["status"] == "done"]
     spread = {}
-    for name in next(iter(done.values()), {"test": {}})["test"]:
-        values = [r["test"][name] for r in done.values()]
+    for name in done[0] if done else ():
+        values = [scores[name] for scores in done]
         sd = statistics.stdev(values) if len(values) > 1 else None
         spread[name] = {"mean": statistics.fmean(values), "sd": sd}
-    files.write_json(
-        folder / "results.json",
-        {
-            "best": None if best is None else f"seed-{best}",
-            "why": f"lowest {SCORE} of the runs that finished; test scores played no part",
-            "finished": all(rows[s]["status"] != "unfinished" for s in seeds or rows),
-            "runs": [
-                {"seed": s, "folder": f"seed-{s}", "rank": places.get(s), **r}
-                for s, r in rows.items()
-            ],
-            "test_mean_sd": spread,
-        },
-    )
+    listed = [
+        {"seed": s, "folder": f"seed-{s}", "rank": places.get(s), **r} for s, r in rows.items()
+    ]
+    results = {
+        "best": None if best is None else f"seed-{best}",
+        "why": f"lowest {SCORE} of the runs that finished; test scores played no part",
+        "finished": all(rows[s]["status"] != "unfinished" for s in seeds or rows),
+        "runs": listed,
+        "test_mean_sd": spread,
+    }
+    files.write_json(folder / "results.json", results)

@@ -21,16 +21,7 @@ from dataset import PIXELS, evenly, unit_range
 from modules import VQVAE, generator_of, start_at_he, start_awake
 from stages.index_maps import RealMaps, trained_vqvae
 from stages.losses import Loss, loss_of, random_corner
-from stages.stage import (
-    SHARPEN,
-    Feed,
-    Run,
-    Stage,
-    batch_rows,
-    likeness,
-    seeded,
-    update_average,
-)
+from stages.stage import SHARPEN, Feed, Run, Stage, batch_rows, likeness, seeded, update_average
 from support import device, distributed
 from support.device import window_at
 from support.muon import make_optimizer
@@ -123,16 +114,12 @@ class Decoding:
         config = run.config
         self.model = seeded(run.seed, 5, lambda: widen_decoder(model, config))
         self.model.requires_grad_(False)
-        self.model.decoder.requires_grad_(True)
+        decoder = self.model.decoder.requires_grad_(True)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.D = seeded(run.seed, 4, PatchDiscriminator).to(run.device)
         betas = 0.0, 0.99
-        self.optimizer = make_optimizer(
-            self.model.decoder, config.optimizer, config.decoder_lr, betas
-        )
-        self.D_adam = torch.optim.Adam(
-            self.D.parameters(), lr=config.patch_lr, betas=betas, fused=True
-        )
+        self.optimizer = make_optimizer(decoder, config.optimizer, config.decoder_lr, betas)
+        self.D_adam = make_optimizer(self.D, "adam", config.patch_lr, betas)
 
     def parts(self) -> dict:
         return {
@@ -158,8 +145,7 @@ def train_decoder(run: Run):
         batch = decoder_batch(real, slices, stage)
         values = step(*batch, penalise=stage.step % config.penalty_every == 0)
         half_life = min(1000 * config.decoder_ema_kimg, 0.1 * stage.nimg)
-        decoder = decoding.model.decoder
-        update_average(average.decoder, decoder, half_life, config.batch_size)
+        update_average(average.decoder, decoding.model.decoder, half_life, config.batch_size)
         stage.after_step(values, lambda: measure_decoder(average, real, stage), lr)
     stage.progress.close()
 

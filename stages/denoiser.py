@@ -20,14 +20,7 @@ from config import Config
 from dataset import evenly
 from modules import LEVEL_FEATURES, CodeMap, best, cells, generator_of, level_features
 from stages.index_maps import RealMaps, trained_vqvae
-from stages.stage import (
-    DENOISE,
-    Run,
-    Stage,
-    batch_rows,
-    seeded,
-    update_average,
-)
+from stages.stage import DENOISE, Run, Stage, batch_rows, seeded, update_average
 from support import device, distributed
 from support.muon import Muon
 
@@ -75,11 +68,10 @@ class Denoiser(nn.Module):
             self.down.insert(0, nn.Conv2d(narrow, wide, 4, 2, 1))
             self.up.append(nn.ConvTranspose2d(wide, narrow, 4, 2, 1))
         self.mean = nn.Linear(widths[-1], widths[-1])
-        nn.init.zeros_(self.mean.weight)
-        nn.init.zeros_(self.mean.bias)
         self.blocks = nn.ModuleList(NoisyBlock(n, E) for n in (*widths, *reversed(widths)))
         self.head = nn.Linear(w, codes)
-        nn.init.zeros_(self.head.weight)
+        for weights in (self.mean.weight, self.mean.bias, self.head.weight):
+            nn.init.zeros_(weights)
         self.to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -131,9 +123,7 @@ class Denoiser(nn.Module):
         head = self.head.weight, self.head.bias[:, None]
         return of_cells, torch.cat([*head, self.points, squares / -2], 1)
 
-    def of_cells(
-        self, rule: Callable[[Tensor], Tensor], x: Tensor, sigma: Tensor, level: Tensor
-    ):
+    def of_cells(self, rule: Callable, x: Tensor, sigma: Tensor, level: Tensor) -> Tensor:
         """`rule` of the logits (N, K) of all cells of x (B, C, h, w): (B*h*w, ...)."""
         each = sigma.repeat_interleave(x.shape[2] * x.shape[3])[:, None]  # (B*h*w, 1)
         features = cells(self.features(x, sigma, level))  # (B*h*w, w)
@@ -166,8 +156,7 @@ class Denoiser(nn.Module):
         then remove it by a multistep method. It extrapolates D(x; sigma) from the step before,
         linearly in log sigma, and solves the diffusion ODE for it exactly (DPM-Solver++ of Lu
         et al. 2022, arXiv:2211.01095, algorithm 2, approximates that integral). At the smallest
-        sigma of training,
-        each cell becomes its most probable code.
+        sigma of training, each cell becomes its most probable code.
         noise (n, C, h, w): white, of unit variance. Raises FloatingPointError if x, or the
         result of a pass but the last, is not finite.
         """

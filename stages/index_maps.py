@@ -41,10 +41,9 @@ class RealMaps:
         values = checkpoints.load_checkpoint(path, stage="codes", **run.fingerprint())
         with checkpoints.reading(path):
             self.code_map = CodeMap.from_saved(values, run.config).to(run.device)
-            if values["vqvae"] != checkpoints.checksum(run.path("vqvae_best.pt")):
-                raise ValueError("made with another vqvae_best.pt; run --stage codes again")
-            if values["maps"] != checkpoints.checksum(run.path("codes.npy")):
-                raise ValueError("made with another codes.npy; run --stage codes again")
+            for key, name in (("vqvae", "vqvae_best.pt"), ("maps", "codes.npy")):
+                if values[key] != checkpoints.checksum(run.path(name)):
+                    raise ValueError(f"made with another {name}; run --stage codes again")
             self.level_table = values["levels"]
             self.counts = values["counts"]["train"]  # (K,)
         maps = files.mapped(run.path("codes.npy")).view(np.int16)  # a type of torch

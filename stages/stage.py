@@ -52,9 +52,8 @@ class Run:
 
     def fingerprint(self) -> dict:
         """The values that a checkpoint must hold to be resumed here."""
-        return {
-            "config": self.config.identity(), "seed": self.seed, "data": self.data.fingerprint,
-        }  # fmt: skip
+        config, data = self.config.identity(), self.data.fingerprint
+        return {"config": config, "seed": self.seed, "data": data}
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -66,26 +65,21 @@ def open_seed(folder: Path, config: Config, seed: int, data: Data) -> Run:
     The number of threads is chosen once a seed, since another number gives other bits.
     """
     run = Run(folder / f"seed-{seed}", config, seed, data, device.choose_device(config.device))
-    here = {"seed": seed, "cache": str(Path(config.cache).resolve())}
-    here |= {"data": str(Path(config.data).resolve())} if config.data else {}
-    threads = device.set_threads(config.threads or _threads_of(run))
+    path, threads = run.path("config.json"), config.threads
+    if threads == 0 and path.exists():
+        with checkpoints.reading(path):
+            threads = files.read_json(path)["config"]["threads"]
+    threads = device.set_threads(threads)
     if threads < (os.cpu_count() or 1) and run.device.type == "cpu":
         messages.say(f"threads: {threads}")
-    here["threads"] = threads
+    here = {"seed": seed, "threads": threads, "cache": str(Path(config.cache).resolve())}
+    if config.data:
+        here["data"] = str(Path(config.data).resolve())
     settings = {"config": config.to_dict() | here, "data": data.fingerprint, "version": VERSION}
     if distributed.is_first():
-        files.write_json(run.path("config.json"), settings | {"stamp": data.stamp})
+        files.write_json(path, settings | {"stamp": data.stamp})
         files.write_json(folder / "data_report.json", data.report)
     return run
-
-
-def _threads_of(run: Run) -> int:
-    """The number of threads that a seed was begun with; 0 for a new one."""
-    path = run.path("config.json")
-    if not path.exists():
-        return 0
-    with checkpoints.reading(path):
-        return files.read_json(path)["config"]["threads"]
 
 
 # --- a stage ------------------------------------------------------------------------------
@@ -106,40 +100,6 @@ class Schedule:
         return base * warm * max(0.01, 0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
 
-class Means:
-    """Means of a step's values since the last row of the log."""
-
-    def __init__(self):
-        self.sums: dict[str, Tensor] = {}  # sum, and number of steps
-
-    def add(self, values: dict[str, Tensor]):
-        for name, value in values.items():
-            once = torch.stack([value.detach(), torch.ones_like(value)])
-            self.sums[name] = self.sums.get(name, 0) + once
-
-    def take(self) -> dict[str, float]:
-        means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
-        self.sums = {}
-        return means
-
-
-class Clock:
-    """Seconds of training so far, also those before a resume, and those at the last row."""
-
-    def __init__(self):
-        self.seconds, self.row_seconds, self.since = 0.0, 0.0, time.monotonic()
-
-    def tick(self):
-        now = time.monotonic()
-        self.seconds, self.since = self.seconds + now - self.since, now
-
-    def row(self) -> float:
-        """Seconds since the last row."""
-        self.tick()
-        passed, self.row_seconds = self.seconds - self.row_seconds, self.seconds
-        return passed
-
-
 class Pace:
     """Warns once in a stage if steps on the CPU take twice their usual time."""
 
@@ -157,7 +117,7 @@ class Pace:
         """Compare the mean step since the last row with the median of the rows before."""
         if self.seconds < 0.5:  # too short to tell
             return
-        mean = self.seconds / max(1, self.steps)
+        mean = self.seconds / self.steps
         usual = float(np.median(self.means)) if len(self.means) >= 5 else math.inf
         self.slow_rows += mean > 2 * usual
         if mean > 2 * usual and self.slow_rows == 2:
@@ -179,19 +139,18 @@ class Stage:
         self.run, self.name, self.parts, self.seen = run, name, parts, TRAINED[name].seen
         kimg = getattr(run.config, TRAINED[name].kimg)
         self.batch_size = getattr(run.config, TRAINED[name].batch_size)
-        self.schedule = Schedule(max(1, math.ceil(kimg * 1000 / self.batch_size)), run.config)
+        self.steps = max(1, math.ceil(kimg * 1000 / self.batch_size))
+        self.every = max(1, self.steps // run.config.log_rows)  # steps per row of the log
+        self.schedule, self.pace = Schedule(self.steps, run.config), Pace()
         self.expected = {"stage": name, **run.fingerprint(), **given}
         self.nimg, self.best = 0, None
-        self.means, self.clock, self.pace = Means(), Clock(), Pace()
+        self.sums: dict[str, Tensor] = {}  # sum since the last row, number of steps
+        self.start, self.row_seconds = time.monotonic(), 0.0
         self.last = run.path(f"{name}_last.pt")
         self.restore()
         self.saved = time.monotonic()
         total, label = self.steps * self.batch_size, f"seed {run.seed} {name}"
         self.progress = messages.Progress(total, label, self.seen, self.nimg)
-
-    @property
-    def steps(self) -> int:
-        return self.schedule.steps
 
     @property
     def step(self) -> int:
@@ -201,6 +160,11 @@ class Stage:
     def done(self) -> bool:
         return self.step >= self.steps
 
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, also those before a resume."""
+        return time.monotonic() - self.start
+
     def lr(self, base: float) -> float:
         return self.schedule.lr(base, self.step)
 
@@ -209,15 +173,12 @@ class Stage:
         rows = self.run.config.log_rows
         return self.done or self.step % (self.every * max(1, rows // times)) == 0
 
-    @property
-    def every(self) -> int:
-        """Steps per row of the log."""
-        return max(1, self.steps // self.run.config.log_rows)
-
     def after_step(self, values: dict[str, Tensor], measure: Callable[[], dict], lr: float):
         """Count the step. Then write a row, save, or end by a signal, if that is due."""
         self.pace.end()
-        self.means.add(values)
+        for name, value in values.items():
+            once = torch.stack([value.detach(), torch.ones_like(value)])
+            self.sums[name] = self.sums.get(name, 0) + once
         self.nimg += self.batch_size
         self.progress.add(self.batch_size)
         row_due = self.step % self.every == 0 or self.done
@@ -233,11 +194,13 @@ class Stage:
         self.pace.begin()
 
     def write_row(self, measured: dict, lr: float):
-        passed, steps = self.clock.row(), (self.step - 1) % self.every + 1
-        rate, means = steps * self.batch_size / max(passed, 1e-9), self.means.take()
+        seconds, steps = self.seconds, (self.step - 1) % self.every + 1
+        rate = steps * self.batch_size / max(seconds - self.row_seconds, 1e-9)
+        means = {name: (total / n).item() for name, (total, n) in self.sums.items()}
+        self.row_seconds, self.sums = seconds, {}
         if distributed.is_first():
             self.run.log.add(
-                stage=self.name, nimg=self.nimg, seconds=round(self.clock.seconds, 1),
+                stage=self.name, nimg=self.nimg, seconds=round(seconds, 1),
                 images_per_s=round(rate, 1), lr=lr, **means, **measured,
             )  # fmt: skip
         if measured:
@@ -247,29 +210,27 @@ class Stage:
 
     def restore(self):
         """Resume from `<stage>_last.pt` if there is one; drop later rows of the log."""
-        values = distributed.first_then_all(
-            lambda: checkpoints.load_last(self.last, **self.expected)
-        )
+        load = functools.partial(checkpoints.load_last, self.last, **self.expected)
+        values = distributed.first_then_all(load)
         if values is not None:
             with checkpoints.reading(self.last):
                 for name, part in self.parts.items():
                     part.load_state_dict(values["parts"][name])
                 self.nimg, self.best = values["nimg"], values["best"]
-                self.clock.seconds = values["seconds"]
-                self.clock.row_seconds = values["row_seconds"]
-                self.means.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
+                self.start -= values["seconds"]
+                self.row_seconds = values["row_seconds"]
+                self.sums = {k: v.to(self.run.device) for k, v in values["sums"].items()}
         if distributed.is_first():
-            self.run.log.keep(self.name, -1 if values is None else self.nimg)
+            self.run.log.keep(self.name, self.nimg)
         if values is not None and not self.done:
             messages.say(f"{self.name}: resuming at {self.nimg} {self.seen} seen")
 
     def save(self):
         """Write `<stage>_last.pt`; the first process writes for all."""
-        self.clock.tick()
         values = self.expected | {
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "nimg": self.nimg, "best": self.best, "sums": self.means.sums,
-            "seconds": self.clock.seconds, "row_seconds": self.clock.row_seconds,
+            "nimg": self.nimg, "best": self.best, "sums": self.sums,
+            "seconds": self.seconds, "row_seconds": self.row_seconds,
         }  # fmt: skip
         distributed.first(
             lambda: checkpoints.save_checkpoint(self.last, values, keep_previous=True)
@@ -281,11 +242,10 @@ class Stage:
 
         tolerance: a score up to this factor above the lowest is as good; later weights win.
         """
-        if not math.isfinite(score):
+        lowest = math.inf if self.best is None else self.best
+        if not math.isfinite(score) or score >= lowest * tolerance:
             return
-        if self.best is not None and score >= self.best * tolerance:
-            return
-        self.best = score if self.best is None else min(score, self.best)
+        self.best = min(score, lowest)
         path = self.run.path(f"{self.name}_best.pt")
         state = {name: module.state_dict() for name, module in weights.items()}
         values = self.expected | {"nimg": self.nimg, "score": score} | state
@@ -358,8 +318,7 @@ class Feed:
     def __init__(self, array: np.ndarray, place: torch.device):
         self.array, self.place, self.kept = array, place, None
         if array.nbytes <= self.SHARE * device.free_memory(place):
-            one = self[np.arange(1)]
-            kept = torch.empty(array.shape, dtype=one.dtype, device=place)
+            kept = torch.empty(array.shape, dtype=self[np.arange(1)].dtype, device=place)
             for rows in np.array_split(np.arange(len(array)), max(1, len(array) // 1024)):
                 kept[rows[0] : rows[-1] + 1] = self[rows]
             self.kept = kept

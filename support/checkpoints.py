@@ -72,8 +72,7 @@ def load_checkpoint(path: Path, **expected) -> dict:
         wrong = _mismatch(values, expected)
     except FileNotFoundError:
         raise UserError(
-            Exit.CHECKPOINT,
-            f"{path}: no such file; is the run finished? (driver.py continues)",
+            Exit.CHECKPOINT, f"{path}: no such file; is the run finished? (driver.py continues)"
         ) from None
     except Exception as problem:
         if is_out_of_memory(problem):  # not the file's fault
@@ -105,16 +104,16 @@ def load_last(path: Path, **expected) -> dict | None:
     A damaged file is renamed, with a warning. Raises UserError (exit 4) if files exist but none
     is usable.
     """
-    problems = []
+    problems = {}
     for candidate in (path, previous_of(path)):
         if not candidate.exists():
             continue
         try:
             values = load_checkpoint(candidate, **expected)
         except UserError as problem:
-            problems.append((candidate, str(problem)))
+            problems[candidate] = str(problem)
             continue
-        for damaged, reason in problems:
+        for damaged, reason in problems.items():
             kept = damaged.with_name(f"{damaged.stem}.damaged-{time.time_ns()}")
             os.replace(damaged, kept)
             warn(
@@ -123,10 +122,10 @@ def load_last(path: Path, **expected) -> dict | None:
             )
         return values
     if problems:
+        reasons = "; ".join(problems.values())
         raise UserError(
             Exit.CHECKPOINT,
-            "; ".join(reason for _, reason in problems)
-            + ". Nothing was changed: move these files away to train the stage anew",
+            f"{reasons}. Nothing was changed: move these files away to train the stage anew",
         )
     return None
 
@@ -197,9 +196,8 @@ def _not_finite(values) -> str:
     Raises ValueError for a tensor that claims more numbers than are stored.
     """
     for name, value in _tensors(values):
-        value = torch.as_tensor(
-            value, dtype=torch.float64 if isinstance(value, float) else None
-        )
+        if isinstance(value, float):
+            value = torch.tensor(value, dtype=torch.float64)
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise ValueError(f"{name} claims more numbers than it has")
         if value.is_floating_point() and not torch.isfinite(value).all():

@@ -6,6 +6,7 @@ In: `Config`'s fields. Out: an argparse parser whose errors are one line (exit 2
 
 import argparse
 import difflib
+import functools
 import re
 import sys
 from dataclasses import fields, replace
@@ -20,14 +21,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and without abbreviations."""
 
     def __init__(self, description: str, **keywords):
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(
-                prog, max_help_position=30, width=96
-            ),
-            **keywords,
-        )
+        layout = functools.partial(argparse.HelpFormatter, max_help_position=30, width=96)
+        keywords |= {"description": description, "formatter_class": layout}
+        super().__init__(allow_abbrev=False, **keywords)
         self.fields = {}  # that can be set by this command line
         self.add_argument("--version", action="version", version=VERSION)
 
@@ -69,14 +65,16 @@ def _add_flag(group, f, default: str):
     if isinstance(f.default, bool):
         group.add_argument(flag_of(f), action="store_true", **keywords)
         return
-    many = isinstance(f.default, tuple)
-    kind = type(f.default[0] if many else f.default)
-    choices = tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
+    choices = f.metadata["choices"]
     names = {int: "N", float: "X", str: "TEXT"}
-    metavar = "{" + ",".join(choices) + "}" if choices else names[kind]
-    if many:
-        keywords["nargs"] = len(f.default)
-    group.add_argument(flag_of(f), type=_reader(f, kind), metavar=metavar, **keywords)
+    metavar = "{" + ",".join(choices) + "}" if choices else names[_kind(f)]
+    n = len(f.default) if isinstance(f.default, tuple) else None
+
+    def read(text: str):  # one of n arguments
+        value = _value(f, text, [text] * (n or 1))
+        return value[0] if n else value
+
+    group.add_argument(flag_of(f), type=read, nargs=n, metavar=metavar, **keywords)
 
 
 def flag_of(f) -> str:
@@ -90,25 +88,23 @@ def _show(value, between: str = " ") -> str:
     return "" if value is False else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _reader(f, kind):
-    """A function from an argument's text to its value. Its errors name the allowed range."""
-
-    def read(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__}") from None
-        _check(f, (value,) * len(f.default) if isinstance(f.default, tuple) else value)
-        return value
-
-    return read
+def _kind(f) -> type:
+    """The type of a field's value, or of each of its numbers."""
+    return type(f.default[0] if isinstance(f.default, tuple) else f.default)
 
 
-def _check(f, value):
+def _value(f, text: str, parts: list[str]):
+    """A field's value from the parts of a text. Errors name the allowed range."""
+    try:
+        values = tuple(map(_kind(f), parts))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_kind(f).__name__}") from None
+    value = values if isinstance(f.default, tuple) else values[0]
     try:
         check_field(f, value)
     except ValueError as problem:
         raise argparse.ArgumentTypeError(str(problem)) from None
+    return value
 
 
 def _assignment(text: str) -> tuple[str, object]:
@@ -119,14 +115,8 @@ def _assignment(text: str) -> tuple[str, object]:
     f = FIELDS[name]
     if name not in BY_SET:
         raise argparse.ArgumentTypeError(f"{name!r} has a flag of its own, {flag_of(f)}")
-    many = isinstance(f.default, tuple)
-    kind = type(f.default[0] if many else f.default)
-    try:
-        parts = tuple(kind(part) for part in (value.split(",") if many else [value]))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not {kind.__name__}") from None
-    _check(f, parts if many else parts[0])
-    return name, parts if many else parts[0]
+    parts = value.split(",") if isinstance(f.default, tuple) else [value]
+    return name, _value(f, value, parts)
 
 
 def flags(config: Config) -> list[str]:
@@ -137,17 +127,14 @@ def flags(config: Config) -> list[str]:
         value = getattr(config, f.name)
         if value == getattr(preset, f.name):
             continue
+        texts = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
         if f.name in BY_SET:
-            words += ["--set", f"{f.name}={','.join(_words(value))}"]
+            words += ["--set", f"{f.name}={','.join(texts)}"]
         elif isinstance(value, str) and value.startswith("-"):
             words.append(f"{flag_of(f)}={value}")  # alone, argparse would take it for a flag
         else:
-            words += [flag_of(f)] if value is True else [flag_of(f), *_words(value)]
+            words += [flag_of(f)] if value is True else [flag_of(f), *texts]
     return words
-
-
-def _words(value) -> list[str]:
-    return [str(part) for part in (value if isinstance(value, tuple) else (value,))]
 
 
 def config_from(arguments: argparse.Namespace) -> Config:

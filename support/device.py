@@ -40,9 +40,8 @@ def choose_device(name: str) -> torch.device:
         elif name == "auto":
             name = "cpu"
     if name == "auto":
-        mps = getattr(torch.backends, "mps", None)
-        found = "cuda" if torch.cuda.is_available() else ""
-        found = found or ("mps" if mps is not None and mps.is_available() else "cpu")
+        found = "mps" if torch.backends.mps.is_available() else "cpu"
+        found = "cuda" if torch.cuda.is_available() else found
         if not (problem := _kernel_problem(found)):
             return torch.device(found)
         warn(f"the GPU cannot be used ({problem}); the CPU is used")

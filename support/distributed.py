@@ -92,20 +92,11 @@ def _together() -> Iterator[None]:
         ) from problem
 
 
-def sum_(*tensors: Tensor):
-    """Replace tensors of one dtype by their sums over the processes, in one message."""
-    if count() > 1:
-        _reduce(tensors, 1)
-
-
-def mean_(*tensors: Tensor):
-    """Replace tensors of one dtype by their means over the processes, in one message."""
-    if count() > 1:
-        _reduce(tensors, count())
-
-
 @torch.no_grad()
-def _reduce(tensors: tuple[Tensor, ...], divisor: int):
+def sum_(*tensors: Tensor, divisor: int = 1):
+    """Replace tensors of one dtype by sums over the processes / divisor, in one message."""
+    if count() == 1:
+        return
     message = torch.cat([t.detach().reshape(-1) for t in tensors])
     with _together():
         dist.all_reduce(message)
@@ -114,6 +105,11 @@ def _reduce(tensors: tuple[Tensor, ...], divisor: int):
     parts = message.split([t.numel() for t in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def mean_(*tensors: Tensor):
+    """Replace tensors of one dtype by their means over the processes, in one message."""
+    sum_(*tensors, divisor=count())
 
 
 def average_gradients(module: nn.Module, *values: Tensor):
@@ -192,9 +188,7 @@ class _Mean(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        mean = gradient.clone()
-        mean_(mean)
-        return mean
+        return _Mean.forward(ctx, gradient)
 
 
 class SharedBatchNorm(nn.BatchNorm2d):

@@ -43,9 +43,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.received: int | None = None
-        self.previous = {
-            s: signal.signal(s, self._handle) for s in (*TERMINATING, signal.SIGINT)
-        }
+        caught = *TERMINATING, signal.SIGINT
+        self.previous = {signum: signal.signal(signum, self._handle) for signum in caught}
         return self
 
     def __exit__(self, kind, *_):
@@ -122,25 +121,20 @@ def _ending(main) -> Exit:
         return _fail(Exit.DIVERGED, f"{problem}; nothing was written")
     except KeyboardInterrupt:
         return _fail(Exit.INTERRUPTED, "interrupted")
-    except OSError as problem:
-        if problem.errno in UNWRITABLE:
-            name = problem.filename or "a temporary file"
-            where = f"cannot write {name}: {problem.strerror}"
-            return _fail(Exit.WRITE, f"{where}; make room or choose another --out")
-        return _bug()
     except Exception as problem:
-        if is_out_of_memory(problem):
+        if isinstance(problem, OSError):
+            if problem.errno in UNWRITABLE:
+                name = problem.filename or "a temporary file"
+                where = f"cannot write {name}: {problem.strerror}"
+                return _fail(Exit.WRITE, f"{where}; make room or choose another --out")
+        elif is_out_of_memory(problem):
             message = f"out of memory ({problem}); use a smaller batch or fewer samples"
             return _fail(Exit.MEMORY, message)
-        return _bug()
+        say(traceback.format_exc(), stream=sys.stderr)
+        return Exit.BUG
 
 
 def _fail(code: Exit, message: str) -> Exit:
     who = "" if distributed.is_first() else f"process {distributed.rank()}: "
     say("error: " + who + " ".join(message.split()), stream=sys.stderr)
     return code
-
-
-def _bug() -> Exit:
-    say(traceback.format_exc(), stream=sys.stderr)
-    return Exit.BUG

@@ -26,7 +26,6 @@ def replacing(path: Path) -> Iterator[Path]:
     On failure the temporary file is removed and `path` stays as it was. Raises UserError
     (exit 7) if the disk is full or not writable.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}@{socket.gethostname()}")
     try:
         yield temporary
@@ -92,10 +91,8 @@ def is_orphan(temporary: Path) -> bool:
         return False
     try:
         os.kill(int(pid), 0)  # signal 0 only checks that the process exists
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+    except OSError as problem:
+        return isinstance(problem, ProcessLookupError)
     return False
 
 
@@ -123,7 +120,7 @@ def write_json(path: Path, values: dict):
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises UserError (exit 4) if there is none at `path`."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(Exit.CHECKPOINT, f"{path}: {problem}; is this a run folder?") from None
     if not isinstance(values, dict):
@@ -159,16 +156,13 @@ class Log:
             return []
         text = self.path.read_text(encoding="utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]  # a number that is cut short is still a number
-        rows = [self._parsed(row) for row in csv.DictReader(io.StringIO(whole))]
-        return [row for row in rows if row is not None]
-
-    def _parsed(self, row: dict) -> dict | None:
-        """Return the row's values, or None for a row that a full disk cut short."""
-        try:
-            numbers = {k: float(v) if v else None for k, v in row.items() if k != "stage"}
-        except (TypeError, ValueError):
-            return None
-        return {"stage": row["stage"], **numbers} if numbers.get("nimg") is not None else None
+        rows = []
+        for row in csv.DictReader(io.StringIO(whole)):
+            with contextlib.suppress(TypeError, ValueError):  # a full disk cut the row short
+                numbers = {k: float(v) if v else None for k, v in row.items() if k != "stage"}
+                if numbers.get("nimg") is not None:
+                    rows.append({"stage": row["stage"], **numbers})
+        return rows
 
     def keep(self, stage: str, nimg: int):
         """Drop the rows of `stage` after `nimg`: they will be measured again."""

@@ -100,12 +100,9 @@ class Progress:
             self.bar.close()
 
 
-def progress(items: Iterable, *, total: int, label: str, unit: str = "it") -> Iterator:
+def progress(items: Iterable, *, total: int, label: str) -> Iterator:
     """Iterate over `items` and show the progress."""
-    shown = Progress(total, label, unit)
-    try:
+    with contextlib.closing(Progress(total, label)) as shown:
         for item in items:
             yield item
             shown.add(1)
-    finally:
-        shown.close()

@@ -105,8 +105,7 @@ def results_folder(
     if seed_given:
         first = config.seed
     elif not (config.out or runs_given):
-        seed = _next_seed(folder, first)
-        return folder, range(seed, seed + 1)
+        first = _next_seed(folder, first)
     return folder, range(first, first + config.runs)
 
 
