@@ -79,16 +79,6 @@ def file_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def children_of(pid: int) -> list[int]:
-    """The ids of the processes that a process started; test_processes.py asks for them."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            found += [int(stat.parent.name)] if parent == pid else []
-    return found
-
-
 def temporaries(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if "tmp" in p.name]
 

@@ -165,6 +165,14 @@ def test_high_pass_takes_away_the_local_mean():
     torch.testing.assert_close(metrics.high_pass(x), wanted, atol=1e-6, rtol=0)
 
 
+def test_fine_features_are_those_of_the_high_pass_at_full_size():
+    x, network = blobs(2, side=64), metrics.RandomFeatures()
+    grey = 0.5 + metrics.high_pass(x) / 2  # filters sum to 0, so features are half as large
+    twice = torch.nn.functional.interpolate(grey, scale_factor=2)  # which `features` halves
+    found = 2 * network.features(twice)
+    torch.testing.assert_close(found, network.fine_features(x), atol=1e-5, rtol=1e-3)
+
+
 # --- Frechet distance, KID, PRDC ----------------------------------------------------------
 
 

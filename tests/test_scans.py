@@ -176,7 +176,7 @@ def test_label_maps_with_neutral_names_are_left_out_and_counted(tmp_path):
     size = (48, 60, 56)
     for person in range(3):
         folder = tmp_path / "data" / f"sub-{person}"
-        nifti(folder / "scan_12.nii", head(size, person))
+        nifti(folder / "scan_12.nii", (head(size, person) // 5).astype(np.uint8))  # 8 bits
         nifti(folder / "scan_34.nii", (head(size, person) // 60).astype(np.int16))
     data = opened(tmp_path, slices=4)
     assert len(data.images) == 12 and data.report["ignored"] == {"label maps": 3}
