@@ -624,20 +624,22 @@ def read_rows() -> list[dict]:
 
 
 def table() -> str:
-    """The CSV as a Markdown table, in the order of ROWS: of several seeds, mean (sd).
+    """The CSV as a Markdown table, by data and in the order of ROWS; of seeds, mean (sd).
 
     Of several lines for one seed the last one counts.
     """
-    columns, ways = EFFORT | SCORES, {}
+    columns, ways, rows = EFFORT | SCORES, {}, read_rows()
     order = [*LABELS, *(f"({kind})" for kind in KINDS)]
-    for row in sorted(read_rows(), key=lambda row: order.index(row["row"])):
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    rows.sort(key=lambda row: (sources.index(row["source"]), order.index(row["row"])))
+    for row in rows:
         key = row["row"], row["source"], row["length"], float(row["lr"])
         ways.setdefault(key, {})[row["seed"]] = row
     lines = ["| way | data | length | seeds | " + " | ".join(columns.values()) + " |"]
     lines.append("| --- " * (4 + len(columns)) + "|")
     for (way, source, length, lr), seeds in ways.items():
-        rows = seeds.values()
-        cells = [mean_sd([float(row[name]) for row in rows if row[name]]) for name in columns]
+        each = seeds.values()
+        cells = [mean_sd([float(row[name]) for row in each if row[name]]) for name in columns]
         label = LABELS.get(way, way) + (f", learning rates x {lr:g}" if lr != 1 else "")
         label = "the original recipe" if (way, length[:7]) == ("ours", "classic") else label
         lines.append(
@@ -658,7 +660,7 @@ PLOTTED = ("ours", "own-diffusion-50", "pixels-256")  # this project and the bes
 
 def over_time(source: str = "oasis") -> Figure:
     """Judge's AUC and relative FD against minutes: a point for each seed, lines of means."""
-    fig = Figure((9, 3.4), dpi=100, facecolor="white", layout="constrained")
+    fig = Figure((9, 4), dpi=100, facecolor="white", layout="constrained")
     FigureCanvasAgg(fig)
     lines = [r for r in read_rows() if r["source"] == source and float(r["lr"]) == 1]
     for ax, score in zip(fig.subplots(1, 2), ("judge_auc_test", "fd_train"), strict=True):
@@ -679,7 +681,8 @@ def over_time(source: str = "oasis") -> Figure:
                 ax.axhline(float(row[score]), color="0.5", linestyle="--", label="real slices")
         ax.set(title=SCORES[score], xlabel="minutes of training, two cores", xlim=(0, None))
         ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return fig
 
 
