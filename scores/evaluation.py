@@ -248,8 +248,8 @@ class Scorer:
         levels = self.source.levels
         all_levels = np.concatenate([levels, *(s.levels for s in self.sets.values())])
         known = np.isfinite(all_levels).all()
-        bins = {} if known else {"bins": 1}  # then all levels count as equal
-        distance = partial(metrics.area_distance, **bins)
+        # One bin: slices of all levels are compared together.
+        distance = metrics.area_distance if known else partial(metrics.area_distance, bins=1)
         areas = in_parts(
             lambda x: torch.from_numpy(metrics.tissue_areas(x, self.thresholds)), self.source
         ).numpy()
