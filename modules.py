@@ -1,7 +1,8 @@
 """The networks and their losses: VQ-VAE, code map, DCGAN.
 
-Pure: tensors in, tensors out. A forward changes no state. Random numbers come from a passed
-generator; only the initial weights come from torch's global random state.
+Pure: tensors in, tensors out. A forward changes no state. Random numbers come from a
+`torch.Generator` that the caller gives; only the initial weights come from torch's global
+random state.
 
   images        (B, 1, H, W)  float32 [0,1]      H = W = 256, or a window of it
   index maps    (B, h, w)     int64 0..K-1       h = w = 64
@@ -287,8 +288,9 @@ class CodeMap(nn.Module):
     """Places of the used codes in GAN space, and the way back.
 
     "coordinates": a code is its first C principal coordinates. One scale for all gives the
-    first one unit variance over the training split. A generated cell becomes the nearest code.
-    Near codes are similar, so an index map is a smooth picture.
+    first one unit variance over the training split. Near codes are similar, so an index map is
+    a smooth picture. Of a generated cell, `decode` takes the nearest code; a denoiser, if there
+    is one, chooses instead.
     "pc1", "raw": a code is the middle of one of U even bins of (-1, 1), ranked by principal
     component 1 or by its number. "raw" is the original recipe. Its maps are noise to a
     convolution, since training numbers codes at random.
