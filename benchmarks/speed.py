@@ -1,7 +1,7 @@
 """How fast is it, beside a plain implementation and beside other libraries?
 
     pip install -r benchmarks/requirements.txt        # the other libraries
-    python benchmarks/speed.py                        # ten minutes, on an idle machine
+    python benchmarks/speed.py                        # on an idle machine
 
 Each side has a process of its own, because malloc's settings hold for a whole process: this
 project's scripts change them (`device.tame_malloc`), other programs do not. The other sides are
