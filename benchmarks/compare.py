@@ -168,6 +168,13 @@ def in_batches(draw: Callable, *inputs: Tensor) -> Tensor:
 Trained = dict[str, tuple[list[nn.Module], Callable[[Tensor], Tensor]]]
 
 
+def own_ways(config: Config) -> list[str]:
+    """The ways to draw that `this_project` finds in a RUN of this configuration."""
+    left_out = [stage for stage in ("denoiser", "decoder") if stage in config.trained]
+    name = "original" if config.original else "ours"
+    return [name, *(f"ours-no-{stage}" for stage in left_out)]
+
+
 def this_project(given: Given) -> Trained:
     """RUN itself; without its denoiser; without its sharper decoder (if it has them)."""
     run = given.run
@@ -176,7 +183,7 @@ def this_project(given: Given) -> Trained:
         networks = [n for n in (run.vqvae, run.generator, run.denoiser) if n is not None]
         return networks, lambda levels: run.draw(run.noise(len(levels))[0], levels)[1]
 
-    ways = {"ours": way(run)}
+    ways = {own_ways(run.config)[0]: way(run)}
     if "denoiser" in run.config.trained:
         ways["ours-no-denoiser"] = way(replace(run, denoiser=None))
     if "decoder" in run.config.trained:
@@ -494,7 +501,8 @@ class Row:
 
 
 OURS = {
-    "ours": "this project", "ours-no-denoiser": "... without its denoiser",
+    "ours": "this project", "original": "the original recipe",
+    "ours-no-denoiser": "... without its denoiser",
     "ours-no-decoder": "... without its sharper decoder",
 }  # fmt: skip
 ROWS = {
@@ -641,7 +649,6 @@ def table() -> str:
         each = seeds.values()
         cells = [mean_sd([float(row[name]) for row in each if row[name]]) for name in columns]
         label = LABELS.get(way, way) + (f", learning rates x {lr:g}" if lr != 1 else "")
-        label = "the original recipe" if (way, length[:7]) == ("ours", "classic") else label
         lines.append(
             "| " + " | ".join([label, source, length, ", ".join(seeds), *cells]) + " |"
         )
@@ -667,7 +674,7 @@ def over_time(source: str = "oasis") -> Figure:
         for way, colour in zip(PLOTTED, ("#1f77b4", "#e07b1a", "#3a923a"), strict=True):
             lengths = {}  # length -> points (minutes, score)
             for row in lines:
-                if row["row"] == way and not row["length"].startswith("classic"):
+                if row["row"] == way:
                     point = float(row["minutes"]), float(row[score])
                     lengths.setdefault(row["length"], []).append(point)
             if not lengths:
@@ -734,8 +741,7 @@ def main(arguments):
     for name in arguments.rows or ROWS:
         wanted = {
             (way, source, length_of(run, way, arguments), str(run.seed), arguments.lr)
-            for way in ROWS[name].labels
-            if way.removeprefix("ours-no-") in {way, *run.config.trained}
+            for way in (own_ways(run.config) if name == "ours" else ROWS[name].labels)
         }
         if wanted - known:
             messages.say(", ".join(ROWS[name].labels.values()))

@@ -9,7 +9,7 @@ import torch
 from pixelcnn import PixelCNN
 
 import modules
-from config import Config, UserError
+from config import PRESETS, Config, UserError
 from support import checkpoints
 
 
@@ -44,6 +44,8 @@ def test_rows_are_trained_scored_and_added(name, finished, tmp_path, monkeypatch
     for _ in range(2):
         compare.one_row(name, compare.predict.load_run(given.run, "cpu"), given)
     ways, rows = list(compare.ROWS[name].labels), compare.read_rows()
+    if name == "ours":  # a run of the original recipe has that one way instead
+        ways.remove("original")
     assert [row["row"] for row in rows] == [
         ways[0],
         "(reconstruction)",
@@ -111,7 +113,10 @@ def test_the_plot_shows_each_seed_and_joins_the_means_of_lengths(tmp_path, monke
     monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
     rows = [("(real)", "quick", 0, "")]
     rows += [("ours", "long", 0, 27), ("ours", "quick", 0, 10), ("ours", "quick", 1, 12)]
-    rows += [("ours", "classic, 24 + 120 kimg", 0, 9), ("ours", "quick", 0, 999)]  # not shown
+    rows += [
+        ("original", "classic, 24 + 120 kimg", 0, 9),
+        ("ours", "quick", 0, 999),
+    ]  # not shown
     rows += [(way, "12 min", 0, 12) for way in compare.PLOTTED[1:]]
     with open(compare.CSV, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, compare.COLUMNS, restval=1)
@@ -134,6 +139,13 @@ def test_a_run_of_another_length_than_its_preset_is_named_by_its_lengths():
         run = argparse.Namespace(config=config)
         assert compare.length_of(run, "ours", given) == name
         assert compare.length_of(run, "transformer", given) == "12 min"
+
+
+def test_a_run_has_the_ways_of_its_recipe_and_stages():
+    both = ["ours-no-denoiser", "ours-no-decoder"]
+    assert compare.own_ways(Config()) == ["ours", *both]
+    assert compare.own_ways(Config(decoder_kimg=0.0)) == ["ours", both[0]]
+    assert compare.own_ways(Config(**PRESETS["classic"])) == ["original"]
 
 
 def test_whole_rows_of_the_csv_are_skipped_and_half_ones_run_again(
