@@ -354,6 +354,7 @@ class Diffusion(Denoiser):
     """This project's denoiser, for noise that leaves nothing of a map."""
 
     MOST = 40.0  # sigma; data have unit variance
+    KEPT = 0
 
 
 def own_diffusion(given: Given) -> Trained:
@@ -662,7 +663,10 @@ def mean_sd(values: list[float]) -> str:
     return (f"{mean:.0f}" if mean >= 100 else f"{mean:.3g}") + (f" ({sd:.2g})" if sd else "")
 
 
-PLOTTED = ("ours", "own-diffusion-50", "pixels-256")  # this project and the best others
+PLOTTED = {  # this project and the best others
+    "ours": "#1f77b4", "own-diffusion-10": "#c9a227", "own-diffusion-50": "#d1495b",
+    "pixels-256": "#3a923a",
+}  # fmt: skip
 
 
 def over_time(source: str = "oasis") -> Figure:
@@ -671,7 +675,7 @@ def over_time(source: str = "oasis") -> Figure:
     FigureCanvasAgg(fig)
     lines = [r for r in read_rows() if r["source"] == source and float(r["lr"]) == 1]
     for ax, score in zip(fig.subplots(1, 2), ("judge_auc_test", "fd_train"), strict=True):
-        for way, colour in zip(PLOTTED, ("#1f77b4", "#e07b1a", "#3a923a"), strict=True):
+        for way, colour in PLOTTED.items():
             lengths = {}  # length -> points (minutes, score)
             for row in lines:
                 if row["row"] == way:

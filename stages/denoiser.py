@@ -50,6 +50,7 @@ class Denoiser(nn.Module):
 
     LEAST, MOST = 0.5, 5.0  # sigma in training
     STEPS = 4  # passes that remove the noise from a generated map
+    KEPT = 4  # sides of the squares of cells whose means `restore` keeps; 0: none
     FAR = 1e3  # place of codes that training never used: out of reach
 
     def __init__(self, codes: int, channels: int):
@@ -157,16 +158,24 @@ class Denoiser(nn.Module):
         linearly in log sigma, and solves the diffusion ODE for it exactly (DPM-Solver++ of Lu
         et al. 2022, arXiv:2211.01095, algorithm 2, approximates that integral). At the smallest
         sigma of training, each cell becomes its most probable code.
+
+        So much noise also moves the layout, which the generator draws better. So in each pass
+        the means of D over squares of cells are replaced by those of the generated map, as in
+        ILVR (Choi et al. 2021, arXiv:2108.02938, algorithm 1; there in x, not in D).
+
         noise (n, C, h, w): white, of unit variance. Raises FloatingPointError if x, or the
         result of a pass but the last, is not finite.
         """
-        x = x + self.MOST * noise
+        generated, x = x, x + self.MOST * noise
         rho = 2  # as in eq. 5 of Karras et al.; their 7 takes longer steps first
         ends = self.MOST ** (1 / rho), self.LEAST ** (1 / rho)
         sigmas = (torch.linspace(*ends, self.STEPS) ** rho).tolist()
         before, back = None, 0.0  # D in the step before, and that step's length in log sigma
         for now, then in pairwise(sigmas):
             clean = self(x, x.new_full((len(x),), now), level)
+            if self.KEPT:
+                moved = F.avg_pool2d(generated - clean, self.KEPT)
+                clean = clean + F.interpolate(moved, scale_factor=self.KEPT, mode="bilinear")
             step = math.log(now / then)
             change = 0 if before is None else (clean - before) / back
             ahead = clean + change * (step / (1 - then / now) - 1)

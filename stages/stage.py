@@ -256,12 +256,12 @@ def check_finite(stage: Stage, values: dict[str, Tensor]):
     """Raise UserError (exit 6) if a value of this step is not finite."""
     bad = [name for name, value in values.items() if not torch.isfinite(value).all()]
     if bad:
-        lower = {"vqvae": "a lower --lr, or ", "dcgan": "lower --gan-lr, or "}
         raise UserError(
             Exit.DIVERGED,
             f"{stage.name} diverged: {bad[0]} is not finite at step {stage.step} ({stage.nimg} "
             f"{stage.seen} seen) of seed {stage.run.seed}; {stage.last.name} was saved "
-            f"before. Try {lower.get(stage.name, '')}--precision float32",
+            "before. Try another --seed, a lower learning rate or --precision float32 "
+            "(docs/faults.md)",
         )
 
 

@@ -117,7 +117,7 @@ def test_the_plot_shows_each_seed_and_joins_the_means_of_lengths(tmp_path, monke
         ("original", "classic, 24 + 120 kimg", 0, 9),
         ("ours", "quick", 0, 999),
     ]  # not shown
-    rows += [(way, "12 min", 0, 12) for way in compare.PLOTTED[1:]]
+    rows += [(way, "12 min", 0, 12) for way in list(compare.PLOTTED)[1:]]
     with open(compare.CSV, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, compare.COLUMNS, restval=1)
         writer.writeheader()

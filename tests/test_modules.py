@@ -485,7 +485,7 @@ def test_an_untrained_denoiser_is_bayes_rule_without_neighbours(sigma):
 def test_restoring_solves_the_equation_exactly_without_neighbours(most, steps, wrong):
     # On a line no cell overtakes another: each ends at the code of its own quantile.
     denoiser, places = fitted([[-1.0], [0.5], [2.0]], [50, 30, 20])
-    denoiser.LEAST, denoiser.MOST, denoiser.STEPS = 0.1, most, steps
+    denoiser.LEAST, denoiser.MOST, denoiser.STEPS, denoiser.KEPT = 0.1, most, steps, 0
     places, shares = places[:, 0], torch.tensor([0.5, 0.3, 0.2])
     ranks = torch.multinomial(shares, 8192, replacement=True).view(2, 64, 64)
     noise = torch.randn(2, 4, 64, 64)
@@ -495,6 +495,23 @@ def test_restoring_solves_the_equation_exactly_without_neighbours(most, steps, w
     quantile = (shares * torch.special.ndtr((x[..., None] - places) / most)).sum(-1)
     wanted = 2 * torch.bucketize(quantile, shares.cumsum(0)[:2]) + 1
     assert (found != wanted).float().mean() < wrong
+
+
+def test_restoring_keeps_the_means_over_squares():
+    denoiser, _ = fitted([[-1.0], [0.5], [2.0]], [50, 30, 20])
+    coarse = torch.randn(2, 4, 8, 8)
+    coarse[:, 1:] = 0  # on a line, as the codes
+    made = F.interpolate(coarse, scale_factor=8, mode="bilinear")
+    noise = torch.randn(made.shape)
+
+    def likeness(kept: int) -> float:
+        denoiser.KEPT = kept
+        with torch.no_grad():
+            found = denoiser.places(denoiser.restore(made, noise, LEVELS[:2]))
+        means = [F.avg_pool2d(x[:, 0], 8).flatten() for x in (made, found)]
+        return torch.corrcoef(torch.stack(means))[0, 1].item()
+
+    assert likeness(Denoiser.KEPT) > 0.95 and likeness(0) < 0.8
 
 
 def test_the_noise_of_restoring_is_white_and_a_smooth_function_of_z():
