@@ -626,33 +626,34 @@ def add(run, arguments, name: str, scores: dict, effort: dict):
 
 
 def read_rows() -> list[dict]:
+    """The lines of the CSV. Of several for one seed the last one counts."""
     if not CSV.exists():
         return []
     with open(CSV, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list({key_of(line): line for line in csv.DictReader(file)}.values())
+
+
+def key_of(line: dict) -> tuple:
+    """What names a line: way, data, length, seed, factor of learning rates."""
+    return *(line[name] for name in COLUMNS[:4]), float(line["lr"])
 
 
 def table() -> str:
-    """The CSV as a Markdown table, by data and in the order of ROWS; of seeds, mean (sd).
-
-    Of several lines for one seed the last one counts.
-    """
+    """The CSV as a Markdown table, by data and in the order of ROWS; of seeds, mean (sd)."""
     columns, ways, rows = EFFORT | SCORES, {}, read_rows()
     order = [*LABELS, *(f"({kind})" for kind in KINDS)]
     sources = list(dict.fromkeys(row["source"] for row in rows))
     rows.sort(key=lambda row: (sources.index(row["source"]), order.index(row["row"])))
     for row in rows:
         key = row["row"], row["source"], row["length"], float(row["lr"])
-        ways.setdefault(key, {})[row["seed"]] = row
+        ways.setdefault(key, []).append(row)
     lines = ["| way | data | length | seeds | " + " | ".join(columns.values()) + " |"]
     lines.append("| --- " * (4 + len(columns)) + "|")
-    for (way, source, length, lr), seeds in ways.items():
-        each = seeds.values()
+    for (way, source, length, lr), each in ways.items():
         cells = [mean_sd([float(row[name]) for row in each if row[name]]) for name in columns]
         label = LABELS.get(way, way) + (f", learning rates x {lr:g}" if lr != 1 else "")
-        lines.append(
-            "| " + " | ".join([label, source, length, ", ".join(seeds), *cells]) + " |"
-        )
+        seeds = ", ".join(row["seed"] for row in each)
+        lines.append("| " + " | ".join([label, source, length, seeds, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -740,8 +741,7 @@ def main(arguments):
     if arguments.rows and len(arguments.rows) == 1:
         return one_row(arguments.rows[0], run, arguments)
     source = source_of(run.config)
-    lines = read_rows()
-    known = {(r["row"], r["source"], r["length"], r["seed"], float(r["lr"])) for r in lines}
+    known = {key_of(line) for line in read_rows()}
     for name in arguments.rows or ROWS:
         wanted = {
             (way, source, length_of(run, way, arguments), str(run.seed), arguments.lr)
