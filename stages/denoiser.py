@@ -159,9 +159,9 @@ class Denoiser(nn.Module):
         et al. 2022, arXiv:2211.01095, algorithm 2, approximates that integral). At the smallest
         sigma of training, each cell becomes its most probable code.
 
-        So much noise also moves the layout, which the generator draws better. So in each pass
-        the means of D over squares of cells are replaced by those of the generated map, as in
-        ILVR (Choi et al. 2021, arXiv:2108.02938, algorithm 1; there in x, not in D).
+        So much noise also moves the layout, which the generator draws better. So each pass but
+        the last replaces the means of D over squares of cells by those of the generated map, as
+        in ILVR (Choi et al. 2021, arXiv:2108.02938, algorithm 1; there in x, not in D).
 
         noise (n, C, h, w): white, of unit variance. Raises FloatingPointError if x, or the
         result of a pass but the last, is not finite.
