@@ -471,7 +471,7 @@ READING = {
     "ms_ssim_of_pairs": "Should equal that of real slices; higher means samples are alike.",
     "level_error": "Error of the slice level, on a scale from 0 (lowest) to 1 (highest).",
     "memorised_share": "0.01 is chance, more with few unseen slices. Far more means copies.",
-    "ssim_to_nearest_test_slice": "Should equal that of real slices. Smooth samples are slightly higher.",
+    "ssim_to_nearest_test_slice": "Should equal that of real slices. Smooth slices are higher.",
 }
 
 
