@@ -324,6 +324,9 @@ def write_slices(folder: Path, parts: Iterable[Tensor]):
     grid = figures.grid(np.stack(shown), min(8, count))
     (folder / "grid.png").write_bytes(figures.png(grid))
     messages.say(f"{count} slices and grid.png in {folder}")
+    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+    if older := sum(number >= count for number in numbers):
+        messages.warn(f"{folder} also holds {older} slices of an earlier command; delete them")
 
 
 def write_strip(folder: Path, images: Tensor, labels: list[str], stamp: str):

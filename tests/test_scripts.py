@@ -309,6 +309,12 @@ def test_generated_slices_are_grey_and_depend_only_on_seed_and_number(where):
     assert (where / "a/grid.png").exists()
 
 
+def test_slices_left_from_an_earlier_command_are_a_warning(tmp_path, capsys):
+    for n, warned in ((3, False), (3, False), (2, True)):
+        predict.write_slices(tmp_path, [torch.rand(n, 1, 256, 256)])
+        assert warned == ("1 slices of an earlier command" in capsys.readouterr().err)
+
+
 def test_sweeps_and_interpolations_are_drawn_and_odd_requests_are_exit_2(where):
     sweep = ["--n", 4, "--level", "sweep", "--volume", "--out", "sweep"]
     assert "volume.nii.gz" in ran(where, "generate", "out", *sweep)
