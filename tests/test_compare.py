@@ -34,9 +34,16 @@ def test_the_prior_does_not_depend_on_later_cells():
     assert (a[66:] - b[66:]).abs().amax(1).min() > 0
 
 
+OF_MONAI = "diffusion", "latent-diffusion", "transformer"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ours", "own-diffusion", "autoregressive", "pixels-64"])
+@pytest.mark.parametrize(
+    "name", ["ours", "own-diffusion", "autoregressive", "pixels-64", *OF_MONAI]
+)
 def test_rows_are_trained_scored_and_added(name, finished, tmp_path, monkeypatch):
+    if name in OF_MONAI:
+        pytest.importorskip("monai", reason="benchmarks/requirements.txt is not installed")
     monkeypatch.setattr(compare, "CSV", tmp_path / "comparison.csv")
     monkeypatch.setattr(compare, "seconds_of", lambda run, *stages: len(stages) / 10)
     monkeypatch.chdir(finished[0])
